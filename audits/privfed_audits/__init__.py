@@ -1,0 +1,1 @@
+"""The referee: sets what attacks got against what the ledger claims."""
