@@ -112,10 +112,10 @@ class EncodedSum:
     """The sum of the survivors' encodings: all that the server learns under secure aggregation.
 
     Attributes:
-        sum_M: Sums as uint64 (integers, taken in the ring) or float64.
+        sum_M: Sums as uint64 (residues of the ring), int64 (integers added without a ring) or float64.
     """
 
-    sum_M: NDArray[np.uint64] | NDArray[np.float64] = field(repr=False)
+    sum_M: NDArray[np.uint64] | NDArray[np.int64] | NDArray[np.float64] = field(repr=False)
     codec: str
     scale: float
     length: int

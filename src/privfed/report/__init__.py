@@ -1,1 +1,1 @@
-"""report."""
+"""What a run tells its owner: the receipt, its summary in words, and the HTML report."""

@@ -1,1 +1,1 @@
-"""federation/engines."""
+"""Engines: the same rounds in one process, or over a network."""

@@ -1,0 +1,87 @@
+"""``privfed budget``: epsilon, noise or rounds before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from privfed.config import RunConfig
+from privfed.errors import ConfigError
+from privfed.federation.phases import phase_plans
+from privfed.privacy.plan import affordable_rounds, make_plan
+from privfed.types import VIEWS
+
+
+def answer(
+    config: RunConfig, *, both: bool, clients: int | None = None, shard_size: int | None = None
+) -> dict[str, Any]:
+    """Return what the run will cost, for each adversary view.
+
+    Data is read only where the answer depends on shard sizes that are not given.
+
+    Args:
+        config: The run.
+        both: Epsilon and noise are both given: solve for the rounds.
+        clients: Number of clients, where the partition does not say it.
+        shard_size: Examples of the smallest client.
+
+    Raises:
+        ConfigError: If the run has no privacy, or no noise reaches the target.
+    """
+    if not config.privacy.on:
+        raise ConfigError('This run has privacy.unit = "none": there is no budget to compute; set unit = "example".')
+    sizes = _sizes(config, clients, shard_size)
+    phases = phase_plans(config, sizes)
+    if both:
+        rounds = affordable_rounds(config.privacy, phases)
+        if rounds < 1:
+            raise ConfigError(
+                f"epsilon {config.privacy.target_epsilon:g} affords no round at noise multiplier "
+                f"{config.privacy.noise_multiplier:g}: raise either."
+            )
+        server = config.server.model_copy(update={"rounds": rounds})
+        config = config.model_copy(update={"server": server})
+        phases = phase_plans(config, sizes)
+    plan = make_plan(config.privacy, phases, masked=config.secagg.name == "masked")
+    return _record(config, plan.epsilon, plan.noise_multiplier)
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """Return the answer as text."""
+    return [
+        f"epsilon {found['epsilon']:.4f} at delta {found['delta']:g} per {found['unit']} ({found['accountant']}, "
+        f"{found['neighboring_relation']})",
+        f"noise multiplier {found['noise_multiplier']:.4f}, {found['rounds']} rounds",
+        *(
+            f"{view}: " + (f"epsilon {entry['epsilon']:.4f}" if entry["epsilon"] is not None else "no guarantee")
+            for view, entry in found["views"].items()
+        ),
+    ]
+
+
+def _sizes(config: RunConfig, clients: int | None, shard_size: int | None) -> dict[str, int]:
+    count = clients or getattr(config.partition, "clients", None)
+    by_size = config.client.sampling_probability is None
+    if count and (not by_size or shard_size or config.privacy.unit == "client"):
+        return {f"client_{i}": shard_size or 1 for i in range(count)}
+    from privfed.federation.material import gather
+
+    return {shard.client_id: len(shard) for shard in gather(config).shards}
+
+
+def _record(config: RunConfig, epsilon: float, noise: float) -> dict[str, Any]:
+    privacy = config.privacy
+    common = {
+        "delta": privacy.target_delta,
+        "noise_multiplier": noise,
+        "rounds": config.server.rounds,
+        "accountant": privacy.accountant,
+    }
+    protected = VIEWS if privacy.unit == "example" else ("release",)
+    return {
+        "epsilon": epsilon,
+        **common,
+        "unit": privacy.unit,
+        "neighboring_relation": privacy.neighboring_relation,
+        "views": {view: {"epsilon": epsilon if view in protected else None, **common} for view in VIEWS},
+    }

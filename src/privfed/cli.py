@@ -1,0 +1,243 @@
+"""The command line: argument handling only; everything else is imported when it is needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from privfed.config import RunConfig
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, errors included.")
+set_option = click.option(
+    "-s", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. -s tuning.r=16."
+)
+
+
+class _Group(click.Group):
+    """A group that suggests the nearest command and ends with privfed's exit codes."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from privfed.errors import nearest
+
+            hint = nearest(args[0], self.list_commands(ctx)) if args else ""
+            raise click.UsageError(f"{error.message}{hint}", ctx=ctx) from error
+
+
+@click.group(cls=_Group, context_settings=CONTEXT)
+@click.version_option(package_name="privfed")
+def main() -> None:
+    """Fine-tune one model across clients that keep their data, under a privacy budget.
+
+    Exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 budget exceeded, 4 an audit contradicts a claim.
+    """
+
+
+@main.command()
+@click.argument("source", metavar="RUN.TOML|PRESET")
+@set_option
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/<name>.")
+@click.option("--resume", is_flag=True, help="Continue the run in the folder from its last round.")
+@click.option("--ledger", "ledger", help="The data holder's ledger. Default: beside the data file.")
+@json_option
+def train(
+    source: str, settings: tuple[str, ...], out: Path | None, resume: bool, ledger: str | None, as_json: bool
+) -> None:
+    """Train with a privacy budget; leaves adapter, receipt and report in the run folder."""
+
+    def body() -> dict[str, Any]:
+        from privfed.config import load_config
+
+        overrides = [*settings, *([f"ledger.path={json.dumps(ledger)}"] if ledger else [])]
+        config = load_config(source, overrides)
+        from privfed.console import make_progress
+        from privfed.report.text import summarise
+        from privfed.run import train as run
+
+        folder = out or Path("runs") / Path(source).name.removesuffix(".toml")
+        with make_progress() as progress:
+            result = run(config, out=folder, resume=resume, progress=progress)
+        _say(as_json, *summarise(result.receipt, result.folder))
+        return {"folder": str(result.folder), "receipt": result.receipt}
+
+    _run(body, as_json)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@json_option
+def report(folder: Path, as_json: bool) -> None:
+    """Write report.html of a run folder: one self-contained page."""
+
+    def body() -> dict[str, Any]:
+        from privfed.report.html import write_report
+
+        path = write_report(folder)
+        _say(as_json, str(path))
+        return {"report": str(path)}
+
+    _run(body, as_json)
+
+
+@main.command()
+@click.argument("source", metavar="RUN.TOML|PRESET")
+@set_option
+@click.option("--clients", type=click.IntRange(min=1), help="Number of clients, so that no data is read.")
+@click.option("--shard-size", type=click.IntRange(min=1), help="Smallest client's examples, so that no data is read.")
+@json_option
+def budget(source: str, settings: tuple[str, ...], clients: int | None, shard_size: int | None, as_json: bool) -> None:
+    """What a run will cost, before it trains.
+
+    Solves for what is missing: with privacy.target_epsilon the noise; with privacy.noise_multiplier the epsilon;
+    with both, how many rounds the budget affords.
+    """
+
+    def body() -> dict[str, Any]:
+        from privfed.budget import answer, lines
+        from privfed.config import load_budget_config
+
+        config, both = load_budget_config(source, settings)
+        found = answer(config, both=both, clients=clients, shard_size=shard_size)
+        _say(as_json, *lines(found))
+        return found
+
+    _run(body, as_json)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Check the hash chain; exit 1 if a row was changed or is missing.")
+@click.option("--delta", type=float, default=1e-5, show_default=True, help="Delta at which epsilon is stated.")
+@click.option("--set-cap", type=float, metavar="EPSILON", help="Set the cap for every data set in the ledger.")
+@click.option("--unit", type=click.Choice(["example", "client"]), default="example", show_default=True)
+@json_option
+def ledger(path: Path, verify: bool, delta: float, set_cap: float | None, unit: str, as_json: bool) -> None:
+    """List and sum what was spent; PATH is a ledger or a run folder."""
+
+    def body() -> dict[str, Any]:
+        from privfed.ledger_view import lines, overview
+
+        found = overview(path, verify=verify, delta=delta, set_cap=set_cap, unit=unit)
+        _say(as_json, *lines(found))
+        return found
+
+    _run(body, as_json)
+
+
+@main.command("ls")
+@click.argument("kind", required=False)
+@json_option
+def ls(kind: str | None, as_json: bool) -> None:
+    """List tunings, codecs, mechanisms, models, data, partitioners or presets."""
+
+    def body() -> dict[str, Any]:
+        from privfed.catalogue import catalogue, lines
+
+        found = catalogue(kind)
+        _say(as_json, *lines(found))
+        return found
+
+    _run(body, as_json)
+
+
+@main.group(cls=_Group)
+def config() -> None:
+    """Show, validate and compare configurations."""
+
+
+@config.command("show")
+@click.argument("source", metavar="RUN.TOML|PRESET")
+@set_option
+@json_option
+def config_show(source: str, settings: tuple[str, ...], as_json: bool) -> None:
+    """Print the resolved configuration, every default included."""
+
+    def body() -> dict[str, Any]:
+        found = _config(source, settings)
+        _say(as_json, found.to_toml().rstrip())
+        return found.to_dict()
+
+    _run(body, as_json)
+
+
+@config.command("validate")
+@click.argument("source", metavar="RUN.TOML|PRESET")
+@set_option
+@json_option
+def config_validate(source: str, settings: tuple[str, ...], as_json: bool) -> None:
+    """Exit 0 if the configuration can hold, 2 with the reason if not."""
+
+    def body() -> dict[str, Any]:
+        found = _config(source, settings)
+        _say(as_json, f"{source} is valid (digest {found.digest()[:12]})")
+        return {"valid": True, "digest": found.digest()}
+
+    _run(body, as_json)
+
+
+@config.command("diff")
+@click.argument("left")
+@click.argument("right")
+@json_option
+def config_diff(left: str, right: str, as_json: bool) -> None:
+    """Print the keys in which two configurations (files, presets) differ."""
+
+    def body() -> dict[str, Any]:
+        from privfed.config import differences
+
+        found = differences(_config(left, ()), _config(right, ()))
+        _say(as_json, *(found or ["no difference"]))
+        return {"differences": found}
+
+    _run(body, as_json)
+
+
+def _config(source: str, settings: tuple[str, ...]) -> RunConfig:
+    from privfed.config import load_config
+
+    return load_config(source, settings)
+
+
+def _say(as_json: bool, *lines: str) -> None:
+    if not as_json:
+        for line in lines:
+            click.echo(line)
+
+
+def _run(body: Callable[[], Mapping[str, Any]], as_json: bool) -> None:
+    """Run a command's body; turn privfed's errors into one sentence and its exit code."""
+    from privfed.errors import PrivfedError
+
+    try:
+        found = body()
+    except PrivfedError as error:
+        _fail(str(error), type(error).__name__, error.exit_code, as_json)
+    except KeyboardInterrupt:
+        _fail("Stopped. Continue a run with --resume.", "Interrupted", 1, as_json)
+    except BrokenPipeError:
+        sys.exit(1)
+    if as_json:
+        click.echo(json.dumps(found, indent=1, allow_nan=False))
+    if found.get("ok") is False:
+        sys.exit(1)
+
+
+def _fail(message: str, kind: str, code: int, as_json: bool) -> NoReturn:
+    if as_json:
+        click.echo(json.dumps({"error": {"kind": kind, "message": message, "exit_code": code}}, indent=1))
+    else:
+        click.echo(f"Error: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

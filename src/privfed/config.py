@@ -1,0 +1,285 @@
+"""RunConfig: the whole run as strict, frozen tables; TOML in, TOML out.
+
+Precedence: defaults < file < ``-s key=value``. What cannot hold is refused here, before any data is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+
+from privfed.compression import CODECS
+from privfed.data import PARTITIONERS
+from privfed.data.config import DataConfig
+from privfed.errors import ConfigError, UnknownNameError, nearest, unknown_name
+from privfed.models.config import ModelConfig
+from privfed.privacy.config import PrivacyConfig
+from privfed.registry import Registry
+from privfed.schedule import ClientConfig, HeadWarmStart, ServerConfig
+from privfed.table import Table
+from privfed.tuning import TUNINGS
+
+
+class SecAggConfig(Table):
+    """Secure aggregation.
+
+    Attributes:
+        name: ``masked``: the server sees only the sum; ``none``: it sees each client's update.
+        threshold: Share of the cohort that must survive a round; fewer and the round is lost, nothing revealed.
+    """
+
+    name: Literal["masked", "none"] = "masked"
+    threshold: float = Field(default=2 / 3, gt=0.5, le=1)
+
+
+class LedgerConfig(Table):
+    """Where the data holder's ledger is, and its cap.
+
+    Attributes:
+        path: The SQLite file. None: beside the data file, or in the run folder where there is no file.
+        project: A name that groups runs in listings.
+        epsilon_cap: Over all runs on the same data, at ``privacy.target_delta``; None leaves the stored cap.
+    """
+
+    path: str | None = None
+    project: str = "default"
+    epsilon_cap: float | None = Field(default=None, gt=0)
+
+
+class AuditConfig(Table):
+    """Recording for audits; not available yet, so only ``false`` is taken."""
+
+    record: Literal[False] = False
+
+
+def _tagged(registry: Registry[Any], default: str) -> Any:
+    """Return a field type: a table whose ``name`` picks the plug-in whose table it is."""
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Table):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"expected a table with a name, got {value!r}")
+        name = value.get("name", default)
+        if not isinstance(name, str):
+            raise ValueError(f"name must be a string, got {name!r}")
+        return registry.get(name).config.model_validate(dict(value))
+
+    return Annotated[SerializeAsAny[Table], BeforeValidator(pick)]
+
+
+class RunConfig(Table):
+    """A whole run. ``privfed config show <preset>`` prints one with every default."""
+
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig(name="pydoc")
+    partition: _tagged(PARTITIONERS, "iid") = Field(default_factory=lambda: PARTITIONERS.get("iid").config())  # type: ignore[valid-type]
+    tuning: _tagged(TUNINGS, "ffa_lora") = Field(default_factory=lambda: TUNINGS.get("ffa_lora").config())  # type: ignore[valid-type]
+    head_warm_start: HeadWarmStart = HeadWarmStart()
+    client: ClientConfig = ClientConfig()
+    server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig(target_epsilon=8.0)
+    compression: _tagged(CODECS, "identity") = Field(default_factory=lambda: CODECS.get("identity").config())  # type: ignore[valid-type]
+    secagg: SecAggConfig = SecAggConfig()
+    ledger: LedgerConfig = LedgerConfig()
+    audit: AuditConfig = AuditConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        cohort = self.server.cohort_size
+        if self.secagg.name == "masked" and cohort == 1:
+            raise ValueError(
+                'server.cohort_size = 1 with secagg.name = "masked": the sum of one update is that update; '
+                'use a cohort of 2 or more, or secagg.name = "none"'
+            )
+        if self.privacy.unit == "client" and self.server.weighting == "examples":
+            raise ValueError(
+                'server.weighting = "examples" with privacy.unit = "client": weights would depend on the protected '
+                'client; use weighting = "uniform"'
+            )
+        return self
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the resolved configuration."""
+        return hashlib.sha256(self.to_toml().encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved tables; keys without a value are left out, as TOML has no null."""
+        return self.model_dump(mode="python", exclude_none=True)
+
+    def to_toml(self) -> str:
+        """Return the resolved configuration as TOML."""
+        return tomli_w.dumps(self.to_dict())
+
+
+TAGGED = ("partition", "tuning", "compression", "head_warm_start", "secagg")
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the configuration of a TOML file or a preset, with overrides applied.
+
+    Args:
+        source: A path, or the name of a shipped preset. A path that exists wins.
+        overrides: ``key=value`` pairs; the value is TOML, or a bare string.
+
+    Raises:
+        ConfigError: If the file cannot be read, a key is unknown, or a value cannot hold.
+    """
+    raw = _read(source)
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, where=source)
+
+
+def load_budget_config(source: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, bool]:
+    """Return a configuration that may give both an epsilon and a noise multiplier, and whether it does.
+
+    A run takes one of the two; a question about the rounds that a budget affords takes both.
+
+    Raises:
+        ConfigError: As :func:`load_config`.
+    """
+    raw = _read(source)
+    for override in overrides:
+        _apply(raw, override)
+    privacy = raw.get("privacy", {})
+    if not isinstance(privacy, dict) or not {"target_epsilon", "noise_multiplier"} <= privacy.keys():
+        return parse_config(raw, where=source), False
+    target = privacy.pop("target_epsilon")
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or target <= 0:
+        raise ConfigError(f"{source}: privacy.target_epsilon is {target!r}, expected a number above 0.")
+    found = parse_config(raw, where=source)
+    privacy_table = found.privacy.model_copy(update={"target_epsilon": float(target)})
+    return found.model_copy(update={"privacy": privacy_table}), True
+
+
+def parse_config(raw: Mapping[str, Any], *, where: str) -> RunConfig:
+    """Return the configuration of parsed TOML.
+
+    Raises:
+        ConfigError: One sentence for each problem found.
+    """
+    try:
+        return RunConfig.model_validate(dict(raw))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + " ".join(_sentences(error, raw))) from error
+
+
+def presets() -> dict[str, str]:
+    """Return the shipped presets: name to TOML text."""
+    folder = importlib.resources.files("privfed") / "presets"
+    files = [f for f in folder.iterdir() if f.name.endswith(".toml")]
+    return {f.name.removesuffix(".toml"): f.read_text(encoding="utf-8") for f in sorted(files, key=lambda f: f.name)}
+
+
+def differences(left: RunConfig, right: RunConfig) -> list[str]:
+    """Return one line ``key: left -> right`` for each value that differs."""
+    a, b = _flat(left.to_dict()), _flat(right.to_dict())
+    keys = sorted(a.keys() | b.keys())
+    return [f"{k}: {a.get(k, 'unset')!r} -> {b.get(k, 'unset')!r}" for k in keys if a.get(k) != b.get(k)]
+
+
+def _read(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    elif source.endswith(".toml") or "/" in source:
+        raise ConfigError(
+            f"There is no file {source!r}: pass a TOML file or one of the presets {', '.join(presets())}."
+        )
+    elif source not in presets():
+        raise unknown_name("preset", source, presets())
+    else:
+        text = presets()[source]
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}.") from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"-s {override}: expected key=value, such as -s tuning.r=16.")
+    *tables, last = key.strip().split(".")
+    table = raw
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"-s {override}: {name!r} is a value, not a table.")
+    value = _value(text.strip())
+    if last == "name" and tables and tables[0] in TAGGED and table.get("name") != value:
+        table.clear()  # another plug-in: its options start from its own defaults
+    if tables == ["data"] and last in ("name", "path"):
+        table.pop("path" if last == "name" else "name", None)  # one replaces the other
+    if value is None:
+        table.pop(last, None)
+    else:
+        table[last] = value
+
+
+def _value(text: str) -> Any:
+    """Return the TOML value of ``text``; a bare word is a string, ``none`` unsets the key."""
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _sentences(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
+    found = []
+    for problem in error.errors():
+        place = [str(part) for part in problem["loc"]]
+        key = ".".join(place)
+        if problem["type"] == "extra_forbidden":
+            found.append(f"Unknown key {key!r}.{nearest(place[-1], _known_keys(place[:-1], raw))}")
+        elif problem["type"] == "value_error":
+            found.append(f"{key or 'configuration'}: {problem['ctx']['error']}.")
+        else:
+            found.append(f"{key} = {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}.")
+    return found
+
+
+def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
+    model: Any = RunConfig
+    for name in place:
+        section = raw.get(name, {})
+        registries: dict[str, Registry[Any]] = {
+            "partition": PARTITIONERS,
+            "tuning": TUNINGS,
+            "compression": CODECS,
+        }
+        if name in registries and isinstance(section, Mapping) and "name" in section:
+            model = registries[name].get(section["name"]).config
+        else:
+            field = model.model_fields.get(name)
+            model = field.annotation if field else None
+        if not hasattr(model, "model_fields"):
+            return []
+    return list(model.model_fields)
+
+
+def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            out.update(_flat(value, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+__all__ = ["RunConfig", "UnknownNameError", "differences", "load_config", "parse_config", "presets"]

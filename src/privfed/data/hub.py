@@ -1,0 +1,78 @@
+"""Data sets of the Hugging Face hub, through the ``datasets`` library.
+
+Files are downloaded whole (no streaming) into that library's own cache, whose place ``HF_HOME`` sets, and are
+found there again without a network. Code that comes with a data set is never run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from privfed.data.config import DataConfig
+from privfed.data.rows import LABEL_NAME_COLUMN, RawDataset, RawTable
+from privfed.errors import DataError, nearest
+
+TEST_SPLITS = ("test", "validation", "dev")
+"""Splits to test on, in order of preference; one without labels is passed over."""
+
+
+def read_hub(config: DataConfig, built_in: tuple[str, ...] = ()) -> RawDataset:
+    """Return the tables of the hub data set ``config.name``.
+
+    Args:
+        config: The ``[data]`` table.
+        built_in: Names to suggest where the data set cannot be had.
+
+    Raises:
+        DataError: If it cannot be had, or has no split called ``train``.
+    """
+    splits = _download(config, built_in)
+    called = repr(config.name) + (f" (subset {config.subset!r})" if config.subset is not None else "")
+    if "train" not in splits:
+        raise DataError(
+            f"The hub data set {called} has the splits {', '.join(map(repr, splits))}, expected 'train': "
+            "export the split you mean to a file and set [data] path."
+        )
+    tables = {
+        name: _table(f"split {name!r} of {called}", splits[name], config)
+        for name in ("train", *TEST_SPLITS)
+        if name in splits
+    }
+    tests = [name for name in TEST_SPLITS if name in tables and _has_labels(tables[name], config.label)]
+    licence = getattr(splits["train"].info, "license", "") or "see its page for the licence"
+    return RawDataset(
+        name=str(config.name),
+        train=tables["train"],
+        test=tables[tests[0]] if tests else None,
+        source=f"The hub data set {called}; {licence}.",
+        notes=(f"tested on the split {tests[0]!r}",) if tests else (),
+    )
+
+
+def _download(config: DataConfig, built_in: tuple[str, ...]) -> dict[str, Any]:
+    import datasets
+
+    failures = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    try:
+        return dict(datasets.load_dataset(config.name, config.subset))
+    except failures as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"The data set {config.name!r} is not built in and could not be had from the Hugging Face hub "
+            f"({reason:.300}).{nearest(str(config.name), built_in)} "
+            "Set [data] path to a csv, tsv, jsonl or parquet file, "
+            "or run once online so that the data set is in the cache under HF_HOME."
+        ) from error
+
+
+def _table(origin: str, split: Any, config: DataConfig) -> RawTable:
+    # Only the columns asked for are read (others may be images); the rest is named, for the error messages.
+    wanted = {config.text, config.label, config.client, LABEL_NAME_COLUMN}
+    columns = {name: list(split[name]) if name in wanted else [] for name in split.column_names}
+    names = getattr(split.features.get(config.label), "names", None) or ()
+    return RawTable(origin=origin, columns=columns, label_names=dict(enumerate(names)))
+
+
+def _has_labels(table: RawTable, label: str) -> bool:
+    """Whether any row is labelled; the hub writes -1 into test splits whose labels are withheld."""
+    return any(value not in (-1, None) for value in table.columns.get(label, ()))

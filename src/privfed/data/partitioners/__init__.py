@@ -1,0 +1,1 @@
+"""Ways to divide the training rows over clients, one file each."""

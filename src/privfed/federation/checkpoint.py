@@ -1,0 +1,95 @@
+"""A checkpoint a round, written atomically: after a crash the file is the old one or the new one, never a mixture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from privfed.errors import ResumeError
+from privfed.federation.state import ServerState
+
+VERSION = "1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """Where a run stands after a round.
+
+    Attributes:
+        state: The server's state.
+        metrics_bytes: Length of metrics.jsonl at this point; what lies beyond belongs to an unfinished round.
+        totals: Running totals (bytes, seconds) for the final report.
+        done: True once training is complete.
+    """
+
+    state: ServerState
+    metrics_bytes: int
+    totals: Mapping[str, float] = field(default_factory=dict)
+    done: bool = False
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` so that a crash at any moment leaves the old content or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write ``checkpoint`` to ``path`` (safetensors with the small fields as metadata)."""
+    state = checkpoint.state
+    tensors = {"params": state.params_D, **{f"optimizer.{k}": v for k, v in state.optimizer.items()}}
+    fields = {
+        "version": VERSION,
+        "phase": state.phase,
+        "round": state.round,
+        "taken": dict(state.taken),
+        "metrics_bytes": checkpoint.metrics_bytes,
+        "totals": dict(checkpoint.totals),
+        "done": checkpoint.done,
+    }
+    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, save(arrays, metadata={"privfed": json.dumps(fields)}))
+
+
+def load_checkpoint(path: Path) -> Checkpoint | None:
+    """Return the checkpoint at ``path``, or None if there is none.
+
+    Raises:
+        ResumeError: If the file is not a checkpoint of this version.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            fields: dict[str, Any] = json.loads((file.metadata() or {})["privfed"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise ResumeError(f"{path} is not a checkpoint ({error}): start the run anew in an empty folder.") from error
+    if fields["version"] != VERSION:
+        raise ResumeError(f"{path} is a checkpoint of version {fields['version']}, expected {VERSION}.")
+    state = ServerState(
+        phase=fields["phase"],
+        round=fields["round"],
+        params_D=tensors.pop("params"),
+        optimizer={name.removeprefix("optimizer."): value for name, value in tensors.items()},
+        taken=fields["taken"],
+    )
+    return Checkpoint(state=state, metrics_bytes=fields["metrics_bytes"], totals=fields["totals"], done=fields["done"])

@@ -1,0 +1,35 @@
+"""Who takes part in a round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from privfed.rng import PrivateStream, experiment_rng
+
+
+def balanced_cohort(
+    clients: Sequence[str], taken: Mapping[str, int], size: int, *, seed: int, phase: str, round_number: int
+) -> tuple[str, ...]:
+    """Return ``size`` clients among those that took part least, ties broken at random; sorted.
+
+    After R rounds no client was chosen more than ceil(R * size / len(clients)) times: the accountant relies on it.
+
+    Args:
+        clients: All clients.
+        taken: How often each was chosen so far in this phase.
+        size: Clients a round, at most ``len(clients)``.
+        seed: The run's seed.
+        phase: Name of the phase.
+        round_number: The round, counted from 1.
+    """
+    order = experiment_rng(seed, "cohort", phase, round_number).permutation(len(clients))
+    ranked = sorted(range(len(clients)), key=lambda i: (taken.get(clients[i], 0), order[i]))
+    return tuple(sorted(clients[i] for i in ranked[:size]))
+
+
+def poisson_cohort(clients: Sequence[str], probability: float, stream: PrivateStream) -> tuple[str, ...]:
+    """Return each client independently with ``probability``, drawn from a cryptographic stream; may be empty."""
+    chosen = np.flatnonzero(stream.bernoulli(probability, len(clients)))
+    return tuple(clients[int(i)] for i in chosen)

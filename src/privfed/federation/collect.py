@@ -1,0 +1,184 @@
+"""The server's ear: adds up what clients send. Under masking it never holds one client's values.
+
+Both collectors add a message on arrival and forget it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfed.compression.message import signed_values, to_bytes
+from privfed.errors import ProtocolError
+from privfed.secagg import ClientSession, ServerSession, SessionParams, default_threshold
+from privfed.types import Encoded, EncodedSum
+
+# weights travel as integers of this resolution beside the values, so that their sum is masked too
+WEIGHT_STEPS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What a round's exchange gave the server."""
+
+    total: EncodedSum | None
+    survivors: tuple[str, ...]
+    bytes_up: int
+    bytes_down: int
+
+
+class Link(Protocol):
+    """The path of one round's messages between clients and the server, all of them bytes."""
+
+    def open(self) -> None:
+        """Exchange keys, where there are any."""
+
+    def send(self, client_id: str, encoded: Encoded, weight: float) -> None:
+        """Carry one client's update to the server."""
+
+    def close(self) -> Collected:
+        """End the round and return the sum over the survivors."""
+
+
+class PlainLink:
+    """No masking: the server reads each message and adds its values."""
+
+    def __init__(self, codec: str, length: int) -> None:
+        self._codec = codec
+        self._length = length
+        self._scale = 1.0
+        self._sum: NDArray[np.float64] | NDArray[np.int64] | None = None
+        self._weight = 0.0
+        self._survivors: list[str] = []
+        self._bytes = 0
+
+    def open(self) -> None:
+        """Nothing to exchange."""
+
+    def send(self, client_id: str, encoded: Encoded, weight: float) -> None:
+        """Serialise on the client's side, count the bytes, add on the server's."""
+        self._receive(to_bytes(encoded, client_id=client_id, weight=weight))
+
+    def close(self) -> Collected:
+        """Return the sum of the values received."""
+        total = None
+        if self._sum is not None:
+            total = EncodedSum(
+                sum_M=self._sum,
+                codec=self._codec,
+                scale=self._scale,
+                length=self._length,
+                survivors=len(self._survivors),
+                total_weight=self._weight,
+            )
+        return Collected(total=total, survivors=tuple(self._survivors), bytes_up=self._bytes, bytes_down=0)
+
+    def _receive(self, message: bytes) -> None:
+        self._bytes += len(message)
+        client_id, weight, scale, values = signed_values(message, length=self._length)
+        if self._sum is None:
+            self._sum, self._scale = values.copy(), scale
+        elif scale != self._scale:
+            raise ProtocolError(f"{client_id} used scale {scale}, the others {self._scale}: sums would mean nothing.")
+        else:
+            self._sum += values
+        self._weight += weight
+        self._survivors.append(client_id)
+
+
+class MaskedLink:
+    """Secure aggregation: the server gets masked vectors and learns their sum only.
+
+    Args:
+        clients: The round's cohort, at least two.
+        round_id: Unique for the round; bound into every message.
+        config_digest: Bound into every message.
+        codec: Name of the codec.
+        length: D.
+        weighted: Whether a masked weight travels beside the values.
+        threshold: Share of the cohort that must survive.
+        ring_bits: Size of the ring.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[str],
+        *,
+        round_id: bytes,
+        config_digest: bytes,
+        codec: str,
+        length: int,
+        weighted: bool,
+        threshold: float,
+        ring_bits: int,
+    ) -> None:
+        params = SessionParams(
+            round_id=round_id,
+            config_digest=config_digest,
+            clients=tuple(clients),
+            threshold=default_threshold(len(clients), threshold),
+            length=length + weighted,
+            ring_bits=ring_bits,
+        )
+        self._server = ServerSession(params)
+        self._clients = {client: ClientSession(params, client) for client in clients}
+        self._codec, self._length, self._weighted = codec, length, weighted
+        self._shares: dict[str, bytes] = {}
+        self._sent: list[str] = []
+        self._scale = 1.0
+        self._up = self._down = 0
+
+    def open(self) -> None:
+        """Exchange keys and sealed shares between all clients, through the server."""
+        for session in self._clients.values():
+            self._server.receive_advertise(self._counted(session.advertise()))
+        roster = self._server.roster()
+        for session in self._clients.values():
+            self._down += len(roster)
+            self._server.receive_share(self._counted(session.share(roster)))
+        for client in self._clients:
+            self._shares[client] = self._server.shares_for(client)
+            self._down += len(self._shares[client])
+
+    def send(self, client_id: str, encoded: Encoded, weight: float) -> None:
+        """Mask on the client's side; the server adds the masked vector on arrival."""
+        values_M = encoded.values_M.astype(np.uint32, copy=False)
+        if self._weighted:
+            values_M = np.append(values_M, np.uint32(round(weight * WEIGHT_STEPS)))
+        self._scale = encoded.scale
+        message = self._clients[client_id].masked_input(self._shares[client_id], values_M)
+        self._server.receive_masked(self._counted(message))
+        self._sent.append(client_id)
+
+    def close(self) -> Collected:
+        """Unmask the sum over the survivors.
+
+        Raises:
+            ThresholdError: If fewer survived than the threshold; nothing is revealed then.
+        """
+        survivors = self._server.survivors()
+        for client in self._sent:
+            self._down += len(survivors)
+            self._server.receive_unmask(self._counted(self._clients[client].unmask(survivors)))
+        sum_M, names = self._server.sum()
+        weight = float(len(names))
+        if self._weighted:
+            weight = float(sum_M[-1]) / WEIGHT_STEPS
+            sum_M = sum_M[:-1]
+        total = EncodedSum(
+            sum_M=sum_M.astype(np.uint64),
+            codec=self._codec,
+            scale=self._scale,
+            length=self._length,
+            survivors=len(names),
+            total_weight=weight,
+        )
+        return Collected(total=total, survivors=names, bytes_up=self._up, bytes_down=self._down)
+
+    def _counted(self, message: bytes) -> bytes:
+        self._up += len(message)
+        return message

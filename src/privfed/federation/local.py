@@ -1,0 +1,204 @@
+"""A client's local training: plain steps, or DP-SGD.
+
+Shape suffix: D trained values.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from privfed.errors import ClientError, DeadlineError
+from privfed.models.examples import Examples, losses, microbatches
+from privfed.privacy.noise import privatise_sum
+from privfed.privacy.per_example import PerExampleModel, clipped_sum
+from privfed.rng import PrivateStream
+from privfed.schedule import ClientConfig
+from privfed.tuning.layout import read_flat, trained, write_flat
+from privfed.types import Float32, Shard
+
+StepDone = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleDp:
+    """Example-level DP-SGD: the clip and the noise multiplier."""
+
+    l2_clip_norm: float
+    noise_multiplier: float
+
+
+class LocalTrainer:
+    """Trains one module on any client's shard; the federation's clients of one process share it.
+
+    Args:
+        module: The model (or the head alone); its trained parameters are what moves.
+        head_prefix: Names starting with this get ``head_learning_rate``.
+        examples: All examples; a shard picks its rows.
+        config: The ``[client]`` table.
+        dp: Clip and noise of DP-SGD, or None for plain steps.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        head_prefix: str,
+        examples: Examples,
+        config: ClientConfig,
+        dp: ExampleDp | None,
+    ) -> None:
+        self.module = module
+        self.examples = examples
+        self.config = config
+        self.dp = dp
+        self._head_prefix = head_prefix
+        # made on first use: only one phase at a time may hook the layers that phases share
+        self._per_example: PerExampleModel | None = None
+
+    def close(self) -> None:
+        """Take the per-example hooks off the module."""
+        if self._per_example:
+            self._per_example.close()
+            self._per_example = None
+
+    def run(self, params_D: Float32, shard: Shard, stream: PrivateStream, on_step: StepDone) -> Float32:
+        """Train from ``params_D`` and return new minus old parameters [D].
+
+        With DP, the returned vector is a post-processing of ``local_steps`` Poisson-sampled Gaussian mechanisms
+        on the shard, each of sensitivity ``l2_clip_norm`` under add-or-remove-one-example (Abadi et al. 2016).
+
+        Args:
+            params_D: The round's global parameters.
+            shard: The client's rows.
+            stream: The client's private stream of this round: batches and noise are drawn from it.
+            on_step: Told (step, steps) after each step.
+
+        Raises:
+            ClientError: If a gradient or the result is not finite.
+            DeadlineError: If training takes longer than ``deadline_s``.
+        """
+        write_flat(self.module, params_D)
+        self.module.train()
+        optimizer = self._optimizer()
+        batches = self._batches(shard, stream)
+        with deadline(self.config.deadline_s):
+            for step, rows in enumerate(batches, start=1):
+                if self.dp:
+                    self._private_gradient(rows, self.config.expected_batch(len(shard)), stream)
+                else:
+                    self._plain_gradient(rows)
+                optimizer.step()
+                on_step(step, self.config.local_steps)
+        delta_D = read_flat(self.module) - params_D
+        if not np.isfinite(delta_D).all():
+            raise ClientError("The local update is not finite (NaN or infinity): lower client.learning_rate.")
+        return delta_D
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        named = trained(self.module)
+        head = [p for name, p in named if name.startswith(self._head_prefix)]
+        rest = [p for name, p in named if not name.startswith(self._head_prefix)]
+        groups = [
+            {"params": rest, "lr": config.learning_rate},
+            {"params": head, "lr": config.head_learning_rate or config.learning_rate},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+
+    def _batches(self, shard: Shard, stream: PrivateStream) -> Iterator[NDArray[np.int64]]:
+        """Yield each step's rows: Poisson-sampled with DP (may be empty), shuffled without."""
+        size = len(shard)
+        if self.dp:
+            probability = self.config.probability(size)
+            for _ in range(self.config.local_steps):
+                yield shard.indices[stream.bernoulli(probability, size)]
+            return
+        rng = stream.generator()
+        wanted = min(size, max(1, round(self.config.expected_batch(size))))
+        order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        for _ in range(self.config.local_steps):
+            if len(order) < wanted:
+                order = rng.permutation(shard.indices)
+            yield order[:wanted]
+            order = order[wanted:]
+
+    def _plain_gradient(self, rows: NDArray[np.int64]) -> None:
+        for _, parameter in trained(self.module):
+            parameter.grad = None
+        for piece in microbatches(self.examples, rows, self.config.physical_batch_size):
+            loss = losses(self.examples, self.module, self.examples.batch(piece)).sum() / len(rows)
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def _private_gradient(self, rows: NDArray[np.int64], expected_batch: float, stream: PrivateStream) -> None:
+        """Set ``grad`` to (sum of clipped per-example gradients + noise) / expected batch size.
+
+        An empty batch never meets the model: its gradient is noise alone, and the step is taken and counted.
+        """
+        if self.dp is None:
+            raise ClientError("This trainer has no privacy settings.")
+        if self._per_example is None:
+            self._per_example = PerExampleModel(self.module)
+        model = self._per_example
+        parameters = model.parameters
+        sum_D = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+        for piece in microbatches(self.examples, rows, self.config.physical_batch_size):
+            gradients = model.gradients(
+                lambda module, batch: losses(self.examples, module, batch),
+                self.examples.batch(piece),
+                len(piece),
+            )
+            sum_D += clipped_sum(gradients, self.dp.l2_clip_norm)[0]
+        noised_D = privatise_sum(
+            sum_D.numpy(),
+            standard_deviation=self.dp.noise_multiplier * self.dp.l2_clip_norm,
+            stream=stream,
+            sensitivity=self.dp.l2_clip_norm,
+        )
+        self._set_gradient(noised_D / expected_batch, parameters)
+
+    @staticmethod
+    def _set_gradient(mean_D: NDArray[np.float64], parameters: list[nn.Parameter]) -> None:
+        flat = torch.from_numpy(mean_D).float()
+        parts = torch.split(flat, [p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise DeadlineError in the body once ``seconds`` have passed.
+
+    In the main thread an alarm interrupts even a body that sleeps or loops; elsewhere (and where there are no
+    alarms) the time is only looked at when the body ends.
+    """
+    started = time.monotonic()
+    message = f"The client did not finish within its deadline of {seconds:g} s (client.deadline_s)."
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        if time.monotonic() - started > seconds:
+            raise DeadlineError(message)
+        return
+
+    def ring(_signal: int, _frame: FrameType | None) -> None:
+        raise DeadlineError(message)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

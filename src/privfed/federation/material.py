@@ -1,0 +1,105 @@
+"""A run's data and their division over clients, before any model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+
+from privfed.config import RunConfig
+from privfed.data import TextDataset, check_shards, load_dataset, partition, single_class_clients
+from privfed.errors import ConfigError, DataError
+from privfed.federation.phases import phase_plans, phases
+from privfed.models import resolve
+from privfed.privacy.plan import PhasePlan, Plan, make_plan
+from privfed.types import Shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """Data and their division, before any model is loaded."""
+
+    dataset: TextDataset
+    shards: tuple[Shard, ...]
+    partition_digest: str
+    notes: tuple[str, ...]
+
+
+def check_before_data(config: RunConfig) -> None:
+    """Find what can be found wrong without reading any data.
+
+    Raises:
+        ModelError: If a built-in or local model is not there.
+        ConfigError: If two tables contradict each other.
+    """
+    resolve(config.model)
+    if config.head_warm_start.name != "none" and getattr(config.tuning, "name", "") == "head":
+        raise ConfigError('head_warm_start with tuning.name = "head" trains the head twice: leave one of them out.')
+
+
+def gather(config: RunConfig) -> Material:
+    """Load the data and divide it over clients.
+
+    Raises:
+        DataError: If the data cannot be used as described, or a shard is too small for the batch.
+        ConfigError: If the partition cannot be had.
+    """
+    dataset = load_dataset(config.data, seed=config.seed)
+    shards = partition(dataset.train, config.partition, seed=config.seed)
+    check_shards(shards, dataset.train.labels, min_size=1)
+    notes = list(dataset.notes)
+    single = single_class_clients(shards, dataset.train.labels)
+    if single:
+        notes.append(f"{len(single)} clients hold a single class: {', '.join(single[:5])}")
+    cohort = config.server.cohort_size
+    if cohort is not None and cohort > len(shards):
+        raise ConfigError(f"server.cohort_size = {cohort}, but the partition has {len(shards)} clients: lower it.")
+    if config.secagg.name == "masked" and len(shards) < 2:
+        raise ConfigError('A masked sum needs two clients and the partition has one: set secagg.name = "none".')
+    _check_batches(config, shards)
+    return Material(dataset=dataset, shards=shards, partition_digest=_partition_digest(shards), notes=tuple(notes))
+
+
+def plans(config: RunConfig, material: Material) -> list[PhasePlan]:
+    """Return the run's phases over its clients, as the accountant needs them."""
+    return phase_plans(config, {shard.client_id: len(shard) for shard in material.shards})
+
+
+def plan_privacy(config: RunConfig, material: Material) -> Plan | None:
+    """Return what the run will cost, or None for a run without privacy.
+
+    Warns:
+        UserWarning: If delta is at least one over the number of protected units: it then promises nothing.
+    """
+    if not config.privacy.on:
+        return None
+    units = len(material.dataset.train) if config.privacy.unit == "example" else len(material.shards)
+    if config.privacy.target_delta >= 1 / units:
+        warnings.warn(
+            f"privacy.target_delta = {config.privacy.target_delta:g} is not below 1 / {units} {config.privacy.unit}s: "
+            "releasing one of them in full would satisfy it, so the guarantee is meaningless; lower it.",
+            stacklevel=2,
+        )
+    masked = config.secagg.name == "masked"
+    return make_plan(config.privacy, plans(config, material), masked=masked)
+
+
+def _check_batches(config: RunConfig, shards: tuple[Shard, ...]) -> None:
+    smallest = min(shards, key=len)
+    for name, client, _server in phases(config):
+        if config.privacy.unit == "example" and client.probability(len(smallest)) > 1:
+            raise DataError(
+                f"client.batch_size = {client.batch_size} is larger than the shard of {smallest.client_id} "
+                f"({len(smallest)} examples) in phase {name}: Poisson sampling needs batch_size <= shard; lower it, raise "
+                "partition.min_size, or give client.sampling_probability instead."
+            )
+
+
+def _partition_digest(shards: tuple[Shard, ...]) -> str:
+    state = hashlib.sha256()
+    for shard in shards:
+        state.update(f"{shard.client_id}\x1f".encode())
+        state.update(np.ascontiguousarray(shard.indices, dtype="<i8").tobytes())
+    return state.hexdigest()

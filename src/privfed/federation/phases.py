@@ -1,0 +1,59 @@
+"""The phases of a run: the head alone where asked for, then the tuning. No torch here: budgets need only this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from privfed.config import RunConfig
+from privfed.privacy.plan import PhasePlan
+from privfed.schedule import ClientConfig, ServerConfig
+
+WARM_START, TRAIN = "warm_start", "train"
+
+
+def phases(config: RunConfig) -> list[tuple[str, ClientConfig, ServerConfig]]:
+    """Return (name, client settings, server settings) of each phase, in order."""
+    warm = config.head_warm_start
+    main = (TRAIN, config.client, config.server)
+    if warm.name == "none":
+        return [main]
+    client = config.client.model_copy(
+        update={
+            "optimizer": warm.optimizer,
+            "learning_rate": warm.learning_rate,
+            "head_learning_rate": None,
+            "local_steps": warm.local_steps,
+            "physical_batch_size": 1024,
+        }
+    )
+    if warm.sampling_probability is not None:
+        client = client.model_copy(update={"sampling_probability": warm.sampling_probability, "batch_size": None})
+    server = config.server.model_copy(
+        update={
+            "optimizer": warm.server_optimizer,
+            "learning_rate": warm.server_learning_rate,
+            "momentum": 0.0,
+            "rounds": warm.rounds,
+            "evaluate_every": max(1, warm.rounds // 2),
+        }
+    )
+    return [(WARM_START, client, server), main]
+
+
+def phase_plans(config: RunConfig, sizes: Mapping[str, int]) -> list[PhasePlan]:
+    """Return the phases of a run over clients of these sizes, as the accountant needs them."""
+    cohort = config.server.cohort_size or len(sizes)
+    plans = []
+    for name, client, server in phases(config):
+        plans.append(
+            PhasePlan(
+                name=name,
+                rounds=server.rounds,
+                cohort_size=cohort,
+                clients=len(sizes),
+                local_steps=client.local_steps,
+                noise_scale=config.head_warm_start.noise_scale if name == WARM_START else 1.0,
+                probabilities={c: client.probability(n) for c, n in sizes.items()},
+            )
+        )
+    return plans

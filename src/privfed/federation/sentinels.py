@@ -1,0 +1,171 @@
+"""Self-checks that stop a run before a silent failure costs a budget.
+
+* every trained tensor gets a per-example gradient, equal to one-at-a-time autograd, on a probe batch;
+* frozen weights are the same before and after training, by hash;
+* every trained tensor that has a gradient has moved.
+
+Shape suffixes: B examples of the probe, D trained values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from privfed.errors import SentinelError
+from privfed.models.examples import Examples, FeatureExamples, TextExamples, losses
+from privfed.privacy.per_example import PerExampleModel
+from privfed.rng import experiment_rng
+from privfed.tuning.layout import read_flat, trained, write_flat
+from privfed.types import Float32, ParamLayout
+
+TOLERANCE = 1e-4
+# below this share of the whole gradient a tensor's own gradient is zero up to rounding (softmax ignores a shift of
+# the keys, so attention key biases have none): nothing to compare, and nothing that would have to move
+VANISHING = 1e-6
+
+_PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Return a list.",
+    "If the file does not exist, an error is raised that names it, and nothing is written to disk at all.",
+)
+
+
+def probe_examples(like: Examples, tokenizer: object, classes: int) -> Examples:
+    """Return three made-up examples of the kind of ``like``; no client's data is touched.
+
+    Args:
+        like: Texts or features.
+        tokenizer: For texts.
+        classes: Number of classes.
+    """
+    labels = np.arange(len(_PROBES), dtype=np.int64) % classes
+    if isinstance(like, TextExamples):
+        return TextExamples(_PROBES, labels, tokenizer, 64)
+    features = experiment_rng(0, "probe").standard_normal((len(_PROBES), like.width)).astype(np.float32)
+    return FeatureExamples(torch.from_numpy(features), torch.from_numpy(labels))
+
+
+def check_gradients(module: nn.Module, probe: Examples, *, private: bool) -> tuple[str, frozenset[str]]:
+    """Compare per-example gradients with one-at-a-time autograd on ``probe``.
+
+    Trained tensors are moved off their start first (a LoRA pair that starts at B = 0 hides A's gradient) and
+    put back, bit for bit.
+
+    Args:
+        module: The model with its trained parameters.
+        probe: Examples of different lengths.
+        private: Whether per-example gradients are needed at all; otherwise only their existence is checked.
+
+    Returns:
+        A sentence for the receipt, and the names of tensors whose gradient vanishes.
+
+    Raises:
+        SentinelError: Naming the first tensor without a gradient, or with a wrong one.
+    """
+    before = read_flat(module)
+    noise = experiment_rng(0, "sentinel").standard_normal(len(before)).astype(np.float32)
+    write_flat(module, before + np.float32(0.02) * noise)
+    module.train()
+    try:
+        single = [_one_at_a_time(module, probe, row) for row in range(len(probe))]
+        reference = [torch.stack(rows) for rows in zip(*single, strict=True)]
+        names = [name for name, _ in trained(module)]
+        vanishing = _vanishing(names, reference)
+        if not private:
+            return f"{len(names)} trained tensors have a gradient", vanishing
+        worst = _compare(names, _batched(module, probe), reference, vanishing)
+    finally:
+        write_flat(module, before)
+        for _, parameter in trained(module):
+            parameter.grad = None
+    sentence = f"{len(names)} trained tensors: per-example gradients equal autograd's within {worst:.1e}"
+    return sentence, vanishing
+
+
+def frozen_digest(module: nn.Module) -> str:
+    """Return the SHA-256 of every frozen parameter and buffer."""
+    state = hashlib.sha256()
+    frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
+    for name, tensor in [*frozen, *module.named_buffers()]:
+        state.update(name.encode())
+        state.update(tensor.detach().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def check_moved(layout: ParamLayout, start_D: Float32, end_D: Float32, vanishing: frozenset[str]) -> str:
+    """Return a sentence for the receipt if every trained tensor with a gradient moved.
+
+    Raises:
+        SentinelError: Naming the tensors that did not.
+    """
+    ends = np.cumsum(layout.sizes)
+    still = [
+        name
+        for name, end, size in zip(layout.names, ends, layout.sizes, strict=True)
+        if name not in vanishing and np.array_equal(start_D[end - size : end], end_D[end - size : end])
+    ]
+    if still:
+        raise SentinelError(f"Training did not move {', '.join(still[:5])}: nothing is released; check the tuning.")
+    return f"all {len(layout.names) - len(vanishing)} trained tensors with a gradient moved"
+
+
+def check_frozen(before: str, after: str) -> str:
+    """Return a sentence for the receipt if the frozen weights are the same.
+
+    Raises:
+        SentinelError: If they are not.
+    """
+    if before != after:
+        raise SentinelError(
+            "Training changed weights that are frozen: the adapter alone would not reproduce the model."
+        )
+    return f"frozen weights unchanged (SHA-256 {after[:12]})"
+
+
+def _one_at_a_time(module: nn.Module, probe: Examples, row: int) -> list[torch.Tensor]:
+    parameters = [p for _, p in trained(module)]
+    loss = losses(probe, module, probe.batch(np.asarray([row]))).sum()
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for (name, _), gradient in zip(trained(module), found, strict=True):
+        if gradient is None:
+            raise SentinelError(f"The trained tensor {name} has no gradient: training would never move it.")
+    return [g.detach().clone() for g in found]
+
+
+def _batched(module: nn.Module, probe: Examples) -> list[torch.Tensor]:
+    model = PerExampleModel(module)
+    try:
+        rows = np.arange(len(probe))
+        return model.gradients(lambda m, batch: losses(probe, m, batch), probe.batch(rows), len(rows))
+    finally:
+        model.close()
+
+
+def _vanishing(names: Sequence[str], reference: Sequence[torch.Tensor]) -> frozenset[str]:
+    total = float(torch.stack([g.norm() for g in reference]).norm())
+    return frozenset(n for n, g in zip(names, reference, strict=True) if float(g.norm()) <= VANISHING * total)
+
+
+def _compare(
+    names: Sequence[str],
+    found: Sequence[torch.Tensor],
+    reference: Sequence[torch.Tensor],
+    vanishing: frozenset[str],
+) -> float:
+    worst = 0.0
+    total = float(torch.stack([g.norm() for g in reference]).norm())
+    for name, got, wanted in zip(names, found, reference, strict=True):
+        scale = total if name in vanishing else float(wanted.norm())
+        error = float((got - wanted).norm()) / scale
+        if not error <= TOLERANCE:
+            raise SentinelError(
+                f"The per-example gradient of {name} differs from one-at-a-time autograd by {error:.2g} "
+                f"(allowed {TOLERANCE:g}): its clipping would not bound one example's influence."
+            )
+        worst = max(worst, error)
+    return worst

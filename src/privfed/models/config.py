@@ -1,0 +1,27 @@
+"""The ``[model]`` table."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from privfed.table import Table
+
+
+class ModelConfig(Table):
+    """Which base model to fine-tune, and for which task.
+
+    Attributes:
+        name: A built-in name (``privfed ls models``), a local folder or a Hugging Face hub name.
+        revision: A hub revision (branch, tag or commit).
+        max_length: Longest input in tokens; longer texts are cut.
+        dropout: Dropout of the base model while it trains. 0 by default: a tuner's per-example gradient is then
+            the same alone as in a batch, and short private runs do not gain from dropout.
+    """
+
+    name: str = "minilm"
+    task: Literal["sequence_classification"] = "sequence_classification"
+    revision: str | None = None
+    max_length: int = Field(default=128, ge=4, le=131072)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)

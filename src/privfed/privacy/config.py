@@ -1,0 +1,60 @@
+"""The ``[privacy]`` table."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from privfed.table import Table
+
+
+class PrivacyConfig(Table):
+    """What is protected, how strongly and how it is counted.
+
+    Attributes:
+        unit: One ``example``, one ``client`` with all its data, or ``none`` (no guarantee at all).
+        placement: Where noise is added: ``local`` (each client, DP-SGD) or ``central`` (a trusted server,
+            DP-FedAvg). Left out, it follows from the unit.
+        target_epsilon: The budget of the whole run; the noise is solved for it.
+        noise_multiplier: Standard deviation of the noise over the sensitivity; epsilon follows from it.
+        target_delta: The delta at which epsilon is stated; should be well below 1 / number of units.
+        l2_clip_norm: Bound on one example's gradient (unit example) or one client's update (unit client).
+        accountant: ``pld`` (tight, default) or ``rdp``.
+        neighboring_relation: ``add_or_remove_one`` or ``replace_one``.
+        reproducible_noise: Derive the noise from the seed. For tests only: the receipt then says *not private*.
+    """
+
+    unit: Literal["example", "client", "none"] = "example"
+    placement: Literal["local", "central"] | None = None
+    target_epsilon: float | None = None
+    noise_multiplier: float | None = Field(default=None, gt=0)
+    target_delta: float = Field(default=1e-5, gt=0, lt=1)
+    l2_clip_norm: float = Field(default=1.0, gt=0)
+    accountant: Literal["pld", "rdp"] = "pld"
+    neighboring_relation: Literal["add_or_remove_one", "replace_one"] = "add_or_remove_one"
+    reproducible_noise: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.target_epsilon is not None and self.target_epsilon <= 0:
+            raise ValueError(
+                f"target_epsilon is {self.target_epsilon}, expected a number above 0; "
+                'for a run without privacy set unit = "none"'
+            )
+        if self.unit == "none":
+            return self
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give exactly one of target_epsilon and noise_multiplier")
+        wanted = "local" if self.unit == "example" else "central"
+        if self.placement not in (None, wanted):
+            raise ValueError(
+                f"unit = {self.unit!r} with placement = {self.placement!r} is not available; "
+                f"the nearest that works is placement = {wanted!r}"
+            )
+        return self
+
+    @property
+    def on(self) -> bool:
+        """True where the run has a guarantee to account for."""
+        return self.unit != "none"

@@ -1,0 +1,204 @@
+"""From a configuration to a plan: how often each example or client can take part, and how much noise that needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from scipy.stats import binom
+
+from privfed.errors import ConfigError
+from privfed.privacy.accountant import epsilon
+from privfed.privacy.calibrate import Stage, noise_for, steps_for
+from privfed.privacy.config import PrivacyConfig
+from privfed.types import PrivacyEvent
+
+# the share of delta that rounds lost to a too small cohort may use up
+LOST_ROUNDS_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhasePlan:
+    """One phase of a run, as the accountant needs it.
+
+    Attributes:
+        name: ``warm_start`` or ``train``.
+        rounds: Rounds of the phase.
+        cohort_size: (Expected) clients a round.
+        clients: Clients in all.
+        local_steps: Steps a client takes each time it takes part.
+        probabilities: Each client's sampling probability of one example.
+        noise_scale: The phase's noise multiplier over the run's.
+    """
+
+    name: str
+    rounds: int
+    cohort_size: int
+    clients: int
+    local_steps: int
+    probabilities: Mapping[str, float]
+    noise_scale: float = 1.0
+
+    @property
+    def participations(self) -> int:
+        """The most rounds that any client takes part in; balanced cohorts make it exact."""
+        return math.ceil(self.rounds * self.cohort_size / self.clients)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run will cost if it goes as planned.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the noise over the sensitivity.
+        epsilon: At ``delta``, for the most exposed example or client.
+        delta: The stated delta; the accountant gets ``delta - lost_rounds_delta``.
+        lost_rounds_delta: Probability that a round of client sampling cannot be masked (unit client only).
+        events_by_client: What each client will have been charged at most, by phase; key ``"*"`` under client level.
+    """
+
+    noise_multiplier: float
+    epsilon: float
+    delta: float
+    lost_rounds_delta: float
+    events_by_client: Mapping[str, tuple[PrivacyEvent, ...]]
+
+    @property
+    def worst_client(self) -> str:
+        """The client with the largest sampling probabilities: epsilon grows with them."""
+        return max(
+            self.events_by_client,
+            key=lambda c: tuple(e.sampling_probability for e in reversed(self.events_by_client[c])),
+        )
+
+
+def make_plan(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bool) -> Plan:
+    """Solve for the noise (or the epsilon) of a run.
+
+    Under example level a client takes part in at most ``participations`` rounds and is charged each of its local
+    steps as one Poisson-sampled Gaussian; the server knows who takes part, so client sampling amplifies nothing.
+    Under client level each round is one Gaussian, Poisson-sampled over clients (McMahan et al. 2018, arXiv
+    1710.06963).
+
+    Raises:
+        ConfigError: If no noise reaches the target, or rounds are too small to mask under client level.
+    """
+    if privacy.unit == "none":
+        raise ConfigError('A run with privacy.unit = "none" has nothing to plan.')
+    lost = _lost_rounds(privacy, phases, masked=masked)
+    delta = privacy.target_delta - lost
+    stages = _worst_stages(privacy, phases)
+    if privacy.noise_multiplier is not None:
+        noise = privacy.noise_multiplier
+    elif privacy.target_epsilon is not None:
+        noise = noise_for(
+            stages,
+            unit=privacy.unit,
+            target_epsilon=privacy.target_epsilon,
+            target_delta=delta,
+            accountant=privacy.accountant,
+            relation=privacy.neighboring_relation,
+        )
+    else:
+        raise ConfigError("give exactly one of privacy.target_epsilon and privacy.noise_multiplier")
+    by_client = _events_by_client(privacy, phases, noise)
+    worst = [_event(privacy, noise, stage) for stage in stages]
+    spent = epsilon(worst, delta, accountant=privacy.accountant)
+    return Plan(
+        noise_multiplier=noise,
+        epsilon=spent,
+        delta=privacy.target_delta,
+        lost_rounds_delta=lost,
+        events_by_client=by_client,
+    )
+
+
+def affordable_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan]) -> int:
+    """Return how many rounds of the last phase the budget affords at the given noise multiplier.
+
+    Raises:
+        ConfigError: If the configuration has no noise multiplier or no target.
+    """
+    if privacy.unit == "none" or privacy.noise_multiplier is None or privacy.target_epsilon is None:
+        raise ConfigError("Rounds follow from both a noise multiplier and an epsilon: give both.")
+    *before, last = _worst_stages(privacy, phases)
+    per_participation = last.steps // max(1, _participations(privacy, phases[-1]))
+
+    def stages(participations: int) -> list[Stage]:
+        return [*before, replace(last, steps=participations * per_participation)]
+
+    most = steps_for(
+        stages,
+        noise_multiplier=privacy.noise_multiplier,
+        unit=privacy.unit,
+        target_epsilon=privacy.target_epsilon,
+        target_delta=privacy.target_delta,
+        accountant=privacy.accountant,
+        relation=privacy.neighboring_relation,
+    )
+    if privacy.unit == "client":
+        return most
+    return most * phases[-1].clients // phases[-1].cohort_size
+
+
+def _participations(privacy: PrivacyConfig, phase: PhasePlan) -> int:
+    return phase.rounds if privacy.unit == "client" else phase.participations
+
+
+def _worst_stages(privacy: PrivacyConfig, phases: Sequence[PhasePlan]) -> list[Stage]:
+    return [_stage(privacy, phase, max(phase.probabilities.values())) for phase in phases]
+
+
+def _stage(privacy: PrivacyConfig, phase: PhasePlan, probability: float) -> Stage:
+    """Return what a phase does to one unit; ``probability`` is the example's, within its client."""
+    if privacy.unit == "client":
+        chosen = phase.cohort_size / phase.clients
+        return Stage(sampling_probability=chosen, steps=phase.rounds, noise_scale=phase.noise_scale)
+    steps = phase.participations * phase.local_steps
+    return Stage(sampling_probability=probability, steps=steps, noise_scale=phase.noise_scale)
+
+
+def _events_by_client(
+    privacy: PrivacyConfig, phases: Sequence[PhasePlan], noise: float
+) -> dict[str, tuple[PrivacyEvent, ...]]:
+    clients = ["*"] if privacy.unit == "client" else list(phases[0].probabilities)
+    return {
+        client: tuple(
+            _event(privacy, noise, _stage(privacy, phase, phase.probabilities.get(client, 1.0))) for phase in phases
+        )
+        for client in clients
+    }
+
+
+def _event(privacy: PrivacyConfig, noise: float, stage: Stage) -> PrivacyEvent:
+    if privacy.unit == "none":
+        raise ConfigError('A run with privacy.unit = "none" has no privacy events.')
+    return PrivacyEvent(
+        unit=privacy.unit,
+        noise_multiplier=noise * stage.noise_scale,
+        sampling_probability=stage.sampling_probability,
+        steps=stage.steps,
+        relation=privacy.neighboring_relation,
+    )
+
+
+def _lost_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bool) -> float:
+    """Return a bound on the probability that any round samples fewer than two clients.
+
+    A masked sum needs two. Whether such a round is lost depends on who was sampled, which the Gaussian mechanism
+    does not cover: the event's probability (with or without the protected client) is taken out of delta.
+
+    Raises:
+        ConfigError: If it is more than a tenth of delta.
+    """
+    if privacy.unit != "client" or not masked:
+        return 0.0
+    lost = sum(p.rounds * float(binom.cdf(1, p.clients - 1, p.cohort_size / p.clients)) for p in phases)
+    if lost > LOST_ROUNDS_SHARE * privacy.target_delta:
+        raise ConfigError(
+            f"With client-level sampling of {phases[-1].cohort_size} expected clients, some round has fewer than the two "
+            f"that a masked sum needs with probability {lost:.1g}, more than a tenth of target_delta = "
+            f'{privacy.target_delta:g}: raise server.cohort_size, or set secagg.name = "none".'
+        )
+    return lost

@@ -1,0 +1,169 @@
+"""From a finished run to the facts its receipt states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from privfed.config import RunConfig
+from privfed.privacy.accountant import epsilon, epsilon_curve, gaussian_mu
+from privfed.privacy.noise import NOISE_DESCRIPTION
+from privfed.privacy.plan import Plan
+from privfed.report.receipt import ReceiptFacts, ViewFacts
+from privfed.types import PrivacyEvent, View
+
+if TYPE_CHECKING:
+    from privfed.federation.engines.in_process import Outcome
+    from privfed.federation.material import Material
+    from privfed.privacy.ledger import Ledger
+
+_DELTAS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+
+
+def receipt_facts(
+    *,
+    config: RunConfig,
+    folder_id: tuple[str, str],
+    material: Material,
+    plan: Plan | None,
+    ledger: Ledger,
+    outcome: Outcome,
+    adapter_digest: str,
+    sentinels: Mapping[str, str],
+    versions: Mapping[str, str],
+) -> ReceiptFacts:
+    """Return the facts of a finished run; epsilon comes from the ledger's events, not from the plan.
+
+    Args:
+        config: The run.
+        folder_id: (run id, time of creation).
+        material: Data and division.
+        plan: The run's plan, or None without privacy.
+        ledger: The data holder's ledger.
+        outcome: What training left behind.
+        adapter_digest: SHA-256 of the adapter's weights.
+        sentinels: Results of the self-checks.
+        versions: Versions of what ran.
+    """
+    privacy = config.privacy
+    run_id, created = folder_id
+    events = ledger.events_of(run_id) if plan else {}
+    per_client = _per_client(
+        events, privacy.target_delta - (plan.lost_rounds_delta if plan else 0.0), privacy.accountant
+    )
+    worst = max(per_client, key=lambda c: per_client[c]) if per_client else None
+    score = outcome.score
+    utility = {
+        "accuracy": score.accuracy,
+        "macro_f1": score.macro_f1,
+        "majority": score.majority,
+        "n_test": float(score.n),
+    }
+    if outcome.probe_accuracy is not None:
+        utility["probe_accuracy"] = outcome.probe_accuracy
+    source: Literal["none", "reproducible", "csprng"] = "reproducible" if privacy.reproducible_noise else "csprng"
+    if not privacy.on:
+        source = "none"
+    return ReceiptFacts(
+        run_id=run_id,
+        created=created,
+        config_digest=config.digest(),
+        data_name=material.dataset.name,
+        data_digest=material.dataset.digest,
+        partition_digest=material.partition_digest,
+        ledger_head=ledger.head(),
+        unit=privacy.unit,
+        placement="central" if privacy.unit == "client" else "local",
+        secagg=config.secagg.name == "masked",
+        relation=privacy.neighboring_relation,
+        accountant=privacy.accountant,
+        delta=privacy.target_delta,
+        mechanism=_mechanism(privacy.unit),
+        noise_multiplier=plan.noise_multiplier if plan else None,
+        l2_clip_norm=privacy.l2_clip_norm,
+        noise_source=source,
+        noise_description=NOISE_DESCRIPTION,
+        sampling="poisson" if privacy.on else "shuffled",
+        views=_views(config, plan, events.get(worst or "", ()), per_client.get(worst or "")),
+        per_client={} if privacy.unit == "client" else per_client,
+        events=events.get(worst or "", ()),
+        rounds_planned=config.server.rounds,
+        rounds_done=outcome.state.round,
+        clients=len(material.shards),
+        versions=versions,
+        utility=utility,
+        adapter_digest=adapter_digest,
+        beats_probe=None if outcome.probe_accuracy is None else score.accuracy > outcome.probe_accuracy,
+        sentinels=sentinels,
+        notes=material.notes,
+    )
+
+
+def _per_client(events: Mapping[str, tuple[PrivacyEvent, ...]], delta: float, accountant: str) -> dict[str, float]:
+    """Return each client's epsilon; clients with the same events share one accounting."""
+    known: dict[tuple[PrivacyEvent, ...], float] = {}
+    for found in events.values():
+        if found not in known:
+            known[found] = epsilon(found, delta, accountant=accountant, fine=True)  # type: ignore[arg-type]
+    return {client: known[found] for client, found in events.items()}
+
+
+def _mechanism(unit: str) -> str:
+    return {
+        "example": "DP-SGD: Gaussian noise on Poisson-sampled sums of clipped per-example gradients",
+        "client": "DP-FedAvg: Gaussian noise on the sum of clipped updates of Poisson-sampled clients",
+    }.get(unit, "none")
+
+
+def _views(
+    config: RunConfig, plan: Plan | None, worst: Sequence[PrivacyEvent], value: float | None
+) -> dict[View, ViewFacts]:
+    if plan is None or value is None:
+        return {}
+    delta = config.privacy.target_delta
+    curve = tuple(
+        (eps, d + plan.lost_rounds_delta)
+        for d, eps in _curve_points(worst, [*[d for d in _DELTAS if d != delta], delta], config.privacy.accountant)
+    )
+    mu = gaussian_mu(worst)
+
+    def view(*assumptions: str) -> ViewFacts:
+        return ViewFacts(
+            epsilon=value,
+            curve=curve,
+            mu=mu.mu if mu else None,
+            mu_exact=mu.exact if mu else False,
+            assumptions=assumptions,
+        )
+
+    if config.privacy.unit == "client":
+        trusted = "The server adds the noise and is trusted to: this view has no guarantee of its own."
+        return {
+            "individual": ViewFacts(epsilon=None, why=trusted),
+            "aggregate": ViewFacts(epsilon=None, why=trusted),
+            "release": view(*_client_assumptions(plan)),
+        }
+    post = "Post-processing of each client's own noisy steps; other clients' noise is not counted in."
+    return {
+        "individual": view("Each client adds its own noise before anything leaves it."),
+        "aggregate": view(post),
+        "release": view(post),
+    }
+
+
+def _client_assumptions(plan: Plan) -> tuple[str, ...]:
+    found = ("Which clients drop out of a round does not depend on their data.",)
+    if plan.lost_rounds_delta:
+        return (
+            *found,
+            f"{plan.lost_rounds_delta:.1g} of delta is set aside for rounds too small to be masked.",
+        )
+    return found
+
+
+def _curve_points(
+    events: Sequence[PrivacyEvent], deltas: Sequence[float], accountant: str
+) -> list[tuple[float, float]]:
+    """Return (delta, epsilon) pairs."""
+    points = epsilon_curve(events, sorted(deltas), accountant=accountant)  # type: ignore[arg-type]
+    return [(d, e) for d, e in points]

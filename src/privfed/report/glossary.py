@@ -1,0 +1,34 @@
+"""The words of the report that a newcomer may not know."""
+
+from __future__ import annotations
+
+GLOSSARY: tuple[tuple[str, str], ...] = (
+    ("Accuracy", "The share of test examples that the model labels correctly."),
+    ("Adapter", "The small set of parameters that was trained; the base model stays as it was."),
+    (
+        "Client",
+        "One holder of data, such as a phone or a hospital. Its data stays with it; it sends updates.",
+    ),
+    ("Clipping", "Shortening each contribution to a fixed length, so that none can stand out."),
+    ("Delta (δ)", "The small chance with which the limit set by epsilon may not hold."),
+    (
+        "Differential privacy",
+        "A provable limit on how much any one contribution can change what others can observe.",
+    ),
+    (
+        "Epsilon (ε)",
+        "The size of that limit. Zero reveals nothing; each step up multiplies the odds by about 2.7.",
+    ),
+    ("Ledger", "The list of every use of the data, written before the result leaves the client."),
+    ("Macro-F1", "A score from 0 to 1 that counts every class equally, however rare it is."),
+    (
+        "Neighbouring data sets",
+        "Two data sets that differ in one protected unit; the promise compares the two.",
+    ),
+    ("Noise multiplier", "How strong the added noise is, compared with the clipped contribution."),
+    (
+        "Secure aggregation",
+        "A way to add up the clients' updates without anyone seeing a single one.",
+    ),
+    ("Unit", "What one promise protects: one training example, or all the data of one client."),
+)

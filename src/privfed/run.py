@@ -1,0 +1,334 @@
+"""A whole run, from a configuration to a run folder with adapter, receipt and report."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from privfed import __version__
+from privfed.config import RunConfig, differences, parse_config
+from privfed.errors import BudgetExceededError, ConfigError, PrivfedError, ResumeError
+from privfed.federation import folder as folders
+from privfed.federation import material as materials
+from privfed.federation import sentinels, setup
+from privfed.federation.checkpoint import load_checkpoint
+from privfed.federation.client import Holder
+from privfed.federation.engines.in_process import Outcome, run_phases
+from privfed.federation.folder import RunFolder
+from privfed.federation.phases import TRAIN
+from privfed.federation.progress import Progress, Silent
+from privfed.privacy.ledger import Ledger
+from privfed.privacy.plan import Plan
+from privfed.privacy.spending import spent_so_far
+from privfed.report.facts import receipt_facts
+from privfed.report.html import write_report
+from privfed.report.receipt import build_receipt, write_receipt
+from privfed.rng import reproducible_key
+
+PACKAGES = ("torch", "transformers", "peft", "opacus", "dp-accounting", "numpy", "cryptography")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What ``train`` returns.
+
+    Attributes:
+        folder: The run folder.
+        receipt: The content of receipt.json.
+    """
+
+    folder: Path
+    receipt: Mapping[str, Any]
+
+
+def train(config: RunConfig, *, out: Path, resume: bool = False, progress: Progress | None = None) -> RunResult:
+    """Fine-tune as ``config`` says, from its first round or from where the folder's checkpoint stands.
+
+    Args:
+        config: The run.
+        out: The run folder; new, or with ``resume`` the one to continue.
+        resume: Continue the run in ``out``; the configuration must be the same.
+        progress: Told what happens; silent by default.
+
+    Returns:
+        The folder and the receipt.
+
+    Raises:
+        ConfigError: If the configuration cannot hold, or the folder does not fit it.
+        DataError: If the data cannot be used as described.
+        ModelError: If the model or tuning cannot be had.
+        BudgetExceededError: If the plan or a charge passes the data holder's cap.
+        SentinelError: If a self-check fails; nothing more is released then.
+    """
+    watch = progress or Silent()
+    started = time.perf_counter()
+    materials.check_before_data(config)
+    run_folder = _open_folder(config, out, resume=resume)
+    try:
+        setup.set_deterministic()
+        material = materials.gather(config)
+        with ExitStack() as stack:
+            ledger = stack.enter_context(_open_ledger(config, run_folder))
+            runner = _Run(config, run_folder, material, ledger, watch)
+            return runner.finish(runner.train(), started)
+    except PrivfedError:
+        _discard_unstarted(run_folder)
+        raise
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run's parts while it goes on."""
+
+    config: RunConfig
+    folder: RunFolder
+    material: materials.Material
+    ledger: Ledger
+    watch: Progress
+    plan: Plan | None = None
+    bench: setup.Workbench | None = None
+    results: dict[str, str] | None = None
+
+    def train(self) -> Outcome:
+        """Plan, check, train every phase, check again."""
+        self.plan = self._planned()
+        holder = self._holder()
+        self._approve(holder)
+        self.watch.message(f"Loading {self.config.model.name}")
+        self.bench = setup.build(self.config, self.material)
+        stages = setup.make_stages(self.config, self.material, self.bench, self.plan, holder, self.watch)
+        vanishing = self._check_before(stages)
+        frozen = sentinels.frozen_digest(self.bench.tuned.model)
+        self._open_metrics(stages)
+        spent = spent_so_far(self.config.privacy, self.plan, materials.plans(self.config, self.material))
+        outcome = run_phases(
+            stages, self.config, self.folder, holder, self.watch, self.material.dataset.label_names, spent
+        )
+        self._check_after(stages, outcome, vanishing, frozen)
+        return outcome
+
+    def finish(self, outcome: Outcome, started: float) -> RunResult:
+        """Write adapter, receipt and report; erase the run's key."""
+        digest = self._save_adapter()
+        record = self._finish_record(outcome, digest, time.perf_counter() - started)
+        self.folder.log(record)
+        facts = receipt_facts(
+            config=self.config,
+            folder_id=(self.folder.run_id, self.folder.created),
+            material=self.material,
+            plan=self.plan,
+            ledger=self.ledger,
+            outcome=outcome,
+            adapter_digest=digest,
+            sentinels=self.results or {},
+            versions=versions(),
+        )
+        receipt = build_receipt(facts)
+        write_receipt(self.folder.path / "receipt.json", receipt)
+        write_report(self.folder.path)
+        self.ledger.erase_run_key(self.folder.run_id)
+        return RunResult(folder=self.folder.path, receipt=receipt)
+
+    def _planned(self) -> Plan | None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plan = materials.plan_privacy(self.config, self.material)
+        for warning in caught:
+            self.watch.message(f"Warning: {warning.message}")
+        if plan is not None:
+            self.watch.message(
+                f"Plan: epsilon {plan.epsilon:.3g} at delta {plan.delta:g} per {self.config.privacy.unit}, "
+                f"noise multiplier {plan.noise_multiplier:.3g}"
+            )
+        return plan
+
+    def _holder(self) -> Holder:
+        reproducible = self.config.privacy.reproducible_noise or not self.config.privacy.on
+        key = reproducible_key(self.config.seed) if reproducible else self.ledger.run_key(self.folder.run_id)
+        return Holder(
+            ledger=self.ledger,
+            key=key,
+            # streams derive from the run's id as well, which must not make a reproducible run differ from its twin
+            run_id="reproducible" if reproducible else self.folder.run_id,
+            ledger_run_id=self.folder.run_id,
+            data_digest=self.material.dataset.digest,
+            partition_digest=self.material.partition_digest,
+            project=self.config.ledger.project,
+        )
+
+    def _approve(self, holder: Holder) -> None:
+        """Check the whole plan against the data holder's cap, once."""
+        unit = self.config.privacy.unit
+        cap = self.config.ledger.epsilon_cap
+        if unit == "none":
+            self._refuse_unprotected()
+            return
+        if cap is not None:
+            self.ledger.set_cap(
+                data_digest=holder.data_digest, unit=unit, epsilon=cap, delta=self.config.privacy.target_delta
+            )
+        if self.plan is not None:
+            self.ledger.approve(
+                self.plan.events_by_client,
+                run_id=self.folder.run_id,
+                data_digest=holder.data_digest,
+                partition_digest=holder.partition_digest,
+            )
+
+    def _refuse_unprotected(self) -> None:
+        for unit in ("example", "client"):
+            cap = self.ledger.cap(self.material.dataset.digest, unit)
+            if cap is not None:
+                raise BudgetExceededError(
+                    f'This run has privacy.unit = "none", which spends without limit, and the data holder\'s cap is epsilon '
+                    f"{cap.epsilon:g} per {unit}: turn privacy on."
+                )
+
+    def _check_before(self, stages: Mapping[str, setup.Stage]) -> frozenset[str]:
+        self.results = {}
+        vanishing: frozenset[str] = frozenset()
+        for name, stage in stages.items():
+            probe = sentinels.probe_examples(
+                stage.train, self._bench().loaded.tokenizer, len(self.material.dataset.label_names)
+            )
+            private = self.config.privacy.unit == "example"
+            sentence, vanishing = sentinels.check_gradients(stage.module, probe, private=private)
+            self.results[f"gradients_{name}"] = f"passed: {sentence}"
+        return vanishing
+
+    def _check_after(
+        self, stages: Mapping[str, setup.Stage], outcome: Outcome, vanishing: frozenset[str], frozen: str
+    ) -> None:
+        stage = stages[TRAIN]
+        after = sentinels.frozen_digest(self._bench().tuned.model)
+        results = self.results if self.results is not None else {}
+        results["frozen"] = f"passed: {sentinels.check_frozen(frozen, after)}"
+        if stage.phase.plan.rounds * stage.phase.plan.local_steps > 1:
+            start = outcome.start_D[TRAIN]
+            moved = sentinels.check_moved(stage.phase.layout, start, outcome.state.params_D, vanishing)
+            results["moved"] = f"passed: {moved}"
+
+    def _bench(self) -> setup.Workbench:
+        if self.bench is None:
+            raise RuntimeError("the model is not loaded yet")
+        return self.bench
+
+    def _open_metrics(self, stages: Mapping[str, setup.Stage]) -> None:
+        """Write the partition and the opening line, unless a resumed run has them."""
+        if load_checkpoint(self.folder.checkpoint) is not None:
+            return
+        self.folder.cut_metrics(0)
+        self.folder.write_json("partition.json", partition_record(self.config, self.material))
+        model = self._bench().tuned.model
+        self.folder.log(
+            {
+                "kind": "start",
+                "time": self.folder.created,
+                "clients": len(self.material.shards),
+                "trained_parameters": stages[TRAIN].phase.layout.size,
+                "model_parameters": sum(p.numel() for p in model.parameters()),
+                "rounds": self.config.server.rounds,
+                "tuning": getattr(self.config.tuning, "name", ""),
+                "planned_epsilon": self.plan.epsilon if self.plan else None,
+                "train_rows": len(self.material.dataset.train),
+                "test_rows": len(self.material.dataset.test),
+            }
+        )
+
+    def _save_adapter(self) -> str:
+        """Write ``adapter/`` so that it is there whole or not at all; return the weights' SHA-256."""
+        temporary = self.folder.path / "adapter.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self._bench().tuned.save(temporary)
+        shutil.rmtree(self.folder.adapter, ignore_errors=True)
+        temporary.replace(self.folder.adapter)
+        weights = sorted(self.folder.adapter.glob("*.safetensors"))
+        return hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
+
+    def _finish_record(self, outcome: Outcome, digest: str, seconds: float) -> dict[str, Any]:
+        return {
+            "kind": "finish",
+            "seconds": round(seconds, 2),
+            "accuracy": outcome.score.accuracy,
+            "macro_f1": outcome.score.macro_f1,
+            "per_class": list(outcome.score.per_class),
+            "bytes_up": int(outcome.totals.get("bytes_up", 0)),
+            "adapter_sha256": digest,
+        }
+
+
+def ledger_path(config: RunConfig, run_folder: Path) -> Path:
+    """Return where the data holder's ledger is: as configured, beside the data file, or in the run folder."""
+    if config.ledger.path is not None:
+        return Path(config.ledger.path)
+    if config.data.path is not None:
+        data = Path(config.data.path)
+        return data.with_name(f"{data.name}.privfed-ledger.sqlite")
+    return run_folder / "ledger.sqlite"
+
+
+def partition_record(config: RunConfig, material: materials.Material) -> dict[str, Any]:
+    """Return partition.json: who holds what. Known only because the clients are simulated on one machine."""
+    labels = material.dataset.train.labels
+    names = material.dataset.label_names
+    return {
+        "label_names": list(names),
+        "clients": [
+            {
+                "client_id": shard.client_id,
+                "size": len(shard),
+                "label_counts": [int((labels[shard.indices] == k).sum()) for k in range(len(names))],
+            }
+            for shard in material.shards
+        ],
+        "partitioner": getattr(config.partition, "name", ""),
+        "note": "Simulation only: computed from the clients' data without noise. Not part of the release.",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that matter for a guarantee."""
+    found = {"privfed": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    return found | {name: metadata.version(name) for name in PACKAGES}
+
+
+def _open_folder(config: RunConfig, out: Path, *, resume: bool) -> RunFolder:
+    if not resume:
+        return folders.create(out, config.to_toml())
+    run_folder, raw = folders.reopen(out)
+    stored = parse_config(raw, where=str(out / "config.toml"))
+    changed = differences(stored, config)
+    if changed:
+        raise ResumeError(
+            f"The run in {out} has another configuration ({'; '.join(changed)}): resume with the same one."
+        )
+    return run_folder
+
+
+def _open_ledger(config: RunConfig, run_folder: RunFolder) -> Ledger:
+    path = ledger_path(config, run_folder.path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"The ledger's folder {path.parent} cannot be made ({error}): pass --ledger.") from error
+    ledger = Ledger.open(path)
+    link = run_folder.path / "ledger.sqlite"
+    if path != link and not link.is_symlink():
+        link.symlink_to(path.resolve())
+    return ledger
+
+
+def _discard_unstarted(run_folder: RunFolder) -> None:
+    """Remove the folder of a run that was refused before its first round: nothing half written stays."""
+    if load_checkpoint(run_folder.checkpoint) is not None:
+        return
+    shutil.rmtree(run_folder.path, ignore_errors=True)

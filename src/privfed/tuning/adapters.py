@@ -1,0 +1,66 @@
+"""What the peft-backed tuning files share: wrap a model, find its head, save it for plain peft."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from privfed.errors import ModelError
+from privfed.tuning import TunedModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from privfed.models.loading import LoadedModel
+
+# the names that transformers gives the last layer of its sequence classifiers
+HEAD_NAMES = ("classifier", "score")
+
+
+def head_name(model: nn.Module) -> str:
+    """Return the attribute of a transformers sequence classifier that holds its head.
+
+    Raises:
+        ModelError: If it has none of the usual names.
+    """
+    for name in HEAD_NAMES:
+        if hasattr(model, name):
+            return name
+    raise ModelError(f"{type(model).__name__} has none of the heads {HEAD_NAMES}: choose another model.")
+
+
+def lora_wrapped(loaded: LoadedModel, seed: int, **options: Any) -> TunedModel:
+    """Wrap ``loaded`` in a peft LoRA model whose head is trained and saved along.
+
+    Args:
+        loaded: The base model; it is changed in place, as peft does.
+        seed: Seed of the fresh factors.
+        **options: Passed to ``peft.LoraConfig``.
+
+    Raises:
+        ModelError: If a target matches no module of the model, or peft refuses for another reason.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    head = head_name(loaded.model)
+    config = LoraConfig(task_type="SEQ_CLS", modules_to_save=[head], lora_dropout=0.0, **options)
+    config.base_model_name_or_path = loaded.source.location
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # peft 0.21 asks transformers 5 by a name that it is about to drop
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            torch.manual_seed(seed)
+            model = get_peft_model(loaded.model, config)
+    except ValueError as error:
+        first = str(error).split(". ")[0]
+        raise ModelError(f"This tuning does not fit the model: {first}. Set tuning.target_modules.") from error
+
+    def save(folder: Path) -> None:
+        with warnings.catch_warnings():
+            # peft asks the hub whether the base's vocabulary grew; ours never does
+            warnings.simplefilter("ignore")
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+
+    return TunedModel(model=model, head=f"base_model.model.{head}", save=save)

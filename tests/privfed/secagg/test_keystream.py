@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from hypothesis import given
+from hypothesis import strategies as st
+
+from privfed.secagg.keystream import BLOCK_BYTES, STREAMS_AT_ONCE, apply_masks
+
+EDGE = BLOCK_BYTES // 4
+
+
+def reference(key: bytes, length: int) -> np.ndarray:
+    """Return the keystream by one straight call of the library."""
+    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(4 * length))
+    return np.frombuffer(stream, dtype="<u4")
+
+
+@given(key=st.binary(min_size=32, max_size=32), length=st.integers(0, 300), words=st.integers(1, 100))
+def test_any_block_size_gives_the_straight_keystream(key: bytes, length: int, words: int) -> None:
+    values = np.zeros(length, dtype=np.uint32)
+    apply_masks(values, [key], block_bytes=4 * words)
+    assert np.array_equal(values, reference(key, length))
+
+
+@pytest.mark.parametrize("length", [0, 1, EDGE - 1, EDGE, EDGE + 1, 2 * EDGE + 3])
+def test_default_blocks_at_their_edges(length: int) -> None:
+    values = np.ones(length, dtype=np.uint32)
+    apply_masks(values, [b"a" * 32], [b"b" * 32])
+    expected = 1 + reference(b"a" * 32, length) - reference(b"b" * 32, length)
+    assert np.array_equal(values, expected.astype(np.uint32))
+
+
+def test_more_streams_than_are_open_at_once_cancel() -> None:
+    keys = [bytes([i]) * 32 for i in range(STREAMS_AT_ONCE + 7)]
+    values = np.arange(50, dtype=np.uint32)
+    apply_masks(values, keys)
+    assert not np.array_equal(values, np.arange(50))
+    apply_masks(values, [], keys)
+    assert np.array_equal(values, np.arange(50))
+
+
+def test_bad_arguments_are_refused() -> None:
+    values = np.zeros(8, dtype=np.uint32)
+    for block_bytes in (0, -4, 6):
+        with pytest.raises(ValueError, match="block_bytes"):
+            apply_masks(values, [bytes(32)], block_bytes=block_bytes)
+    with pytest.raises(ValueError, match="contiguous"):
+        apply_masks(values[::2], [bytes(32)])
+    with pytest.raises(ValueError, match="32 bytes"):
+        apply_masks(values, [bytes(16)])
