@@ -32,8 +32,9 @@ def answer(
         raise ConfigError('This run has privacy.unit = "none": there is no budget to compute; set unit = "example".')
     sizes = _sizes(config, clients, shard_size)
     phases = phase_plans(config, sizes)
+    masked = config.secagg.name == "masked"
     if both:
-        rounds = affordable_rounds(config.privacy, phases)
+        rounds = affordable_rounds(config.privacy, phases, masked=masked)
         if rounds < 1:
             raise ConfigError(
                 f"epsilon {config.privacy.target_epsilon:g} affords no round at noise multiplier "
@@ -42,7 +43,7 @@ def answer(
         server = config.server.model_copy(update={"rounds": rounds})
         config = config.model_copy(update={"server": server})
         phases = phase_plans(config, sizes)
-    plan = make_plan(config.privacy, phases, masked=config.secagg.name == "masked")
+    plan = make_plan(config.privacy, phases, masked=masked)
     return _record(config, plan.epsilon, plan.noise_multiplier)
 
 

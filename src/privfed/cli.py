@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,7 +33,23 @@ class _Group(click.Group):
             raise click.UsageError(f"{error.message}{hint}", ctx=ctx) from error
 
 
-@click.group(cls=_Group, context_settings=CONTEXT)
+class _Root(_Group):
+    """The whole command line: with ``--json`` a usage error is one object on stdout like any other."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        try:
+            return super().main(args, *rest, **{**options, "standalone_mode": False})
+        except click.ClickException as error:
+            if "--json" in given:
+                _fail(error.format_message(), type(error).__name__, error.exit_code, as_json=True)
+            error.show()
+            sys.exit(error.exit_code)
+        except click.Abort:
+            _fail("Stopped.", "Interrupted", 1, "--json" in given)
+
+
+@click.group(cls=_Root, context_settings=CONTEXT)
 @click.version_option(package_name="privfed")
 def main() -> None:
     """Fine-tune one model across clients that keep their data, under a privacy budget.
@@ -116,11 +132,11 @@ def budget(source: str, settings: tuple[str, ...], clients: int | None, shard_si
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Check the hash chain; exit 1 if a row was changed or is missing.")
-@click.option("--delta", type=float, default=1e-5, show_default=True, help="Delta at which epsilon is stated.")
+@click.option("--delta", type=float, help="Delta at which epsilon is stated. Default: the run's own, or 1e-5.")
 @click.option("--set-cap", type=float, metavar="EPSILON", help="Set the cap for every data set in the ledger.")
 @click.option("--unit", type=click.Choice(["example", "client"]), default="example", show_default=True)
 @json_option
-def ledger(path: Path, verify: bool, delta: float, set_cap: float | None, unit: str, as_json: bool) -> None:
+def ledger(path: Path, verify: bool, delta: float | None, set_cap: float | None, unit: str, as_json: bool) -> None:
     """List and sum what was spent; PATH is a ledger or a run folder."""
 
     def body() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,10 +134,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: If the file cannot be read, a key is unknown, or a value cannot hold.
     """
-    raw = _read(source)
-    for override in overrides:
-        _apply(raw, override)
-    return parse_config(raw, where=source)
+    return parse_config(_overridden(source, overrides), where=source)
 
 
 def load_budget_config(source: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, bool]:
@@ -147,15 +145,13 @@ def load_budget_config(source: str, overrides: Sequence[str] = ()) -> tuple[RunC
     Raises:
         ConfigError: As :func:`load_config`.
     """
-    raw = _read(source)
-    for override in overrides:
-        _apply(raw, override)
+    raw = _overridden(source, overrides)
     privacy = raw.get("privacy", {})
     if not isinstance(privacy, dict) or not {"target_epsilon", "noise_multiplier"} <= privacy.keys():
         return parse_config(raw, where=source), False
     target = privacy.pop("target_epsilon")
-    if isinstance(target, bool) or not isinstance(target, (int, float)) or target <= 0:
-        raise ConfigError(f"{source}: privacy.target_epsilon is {target!r}, expected a number above 0.")
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < math.inf:
+        raise ConfigError(f"{source}: privacy.target_epsilon is {target!r}, expected a finite number above 0.")
     found = parse_config(raw, where=source)
     privacy_table = found.privacy.model_copy(update={"target_epsilon": float(target)})
     return found.model_copy(update={"privacy": privacy_table}), True
@@ -194,7 +190,7 @@ def _read(source: str) -> dict[str, Any]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{source} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
-    elif source.endswith(".toml") or "/" in source:
+    elif "." in source or "/" in source:
         raise ConfigError(
             f"There is no file {source!r}: pass a TOML file or one of the presets {', '.join(presets())}."
         )
@@ -208,6 +204,15 @@ def _read(source: str) -> dict[str, Any]:
         raise ConfigError(f"{source} is not valid TOML: {error}.") from error
 
 
+def _overridden(source: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the tables of ``source`` with overrides applied; a ``name`` first, since it may reset its table."""
+    raw = _read(source)
+    names = [f"{table}.name" for table in TAGGED]
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() not in names):
+        _apply(raw, override)
+    return raw
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
@@ -219,7 +224,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"-s {override}: {name!r} is a value, not a table.")
     value = _value(text.strip())
-    if last == "name" and tables and tables[0] in TAGGED and table.get("name") != value:
+    if last == "name" and len(tables) == 1 and tables[0] in TAGGED and _name(table, tables[0]) != value:
         table.clear()  # another plug-in: its options start from its own defaults
     if tables == ["data"] and last in ("name", "path"):
         table.pop("path" if last == "name" else "name", None)  # one replaces the other
@@ -230,8 +235,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _value(text: str) -> Any:
-    """Return the TOML value of ``text``; a bare word is a string, ``none`` unsets the key."""
-    if text.lower() == "none":
+    """Return the TOML value of ``text``; a bare word is a string (so ``none`` is a name), ``unset`` removes the key."""
+    if text == "unset":
         return None
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -245,9 +250,13 @@ def _sentences(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
         place = [str(part) for part in problem["loc"]]
         key = ".".join(place)
         if problem["type"] == "extra_forbidden":
-            found.append(f"Unknown key {key!r}.{nearest(place[-1], _known_keys(place[:-1], raw))}")
+            known = _known_keys(place[:-1], raw)
+            hint = nearest(place[-1], known) or " Known: " + ", ".join(known) + "."
+            found.append(f"Unknown key {key!r}.{hint}")
         elif problem["type"] == "value_error":
-            found.append(f"{key or 'configuration'}: {problem['ctx']['error']}.")
+            found.append(f"{key}: {problem['ctx']['error']}." if key else f"{problem['ctx']['error']}.")
+        elif problem["type"] == "model_type":
+            found.append(f"{key} = {problem['input']!r}: expected a table of keys, [{key}].")
         else:
             found.append(f"{key} = {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}.")
     return found
@@ -262,14 +271,20 @@ def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
             "tuning": TUNINGS,
             "compression": CODECS,
         }
-        if name in registries and isinstance(section, Mapping) and "name" in section:
-            model = registries[name].get(section["name"]).config
+        if name in registries and isinstance(section, Mapping):
+            model = registries[name].get(_name(section, name)).config
         else:
             field = model.model_fields.get(name)
             model = field.annotation if field else None
         if not hasattr(model, "model_fields"):
             return []
     return list(model.model_fields)
+
+
+def _name(table: Mapping[str, Any], place: str) -> str:
+    """Return the ``name`` that a table picks, by default where it does not say."""
+    default = RunConfig.model_fields[place].get_default(call_default_factory=True)
+    return str(table.get("name", getattr(default, "name", "")))
 
 
 def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,23 +7,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from privfed.errors import LedgerError
+from privfed.config import load_config
+from privfed.errors import ConfigError
 from privfed.privacy.accountant import epsilon
 from privfed.privacy.ledger import Entry, Ledger
 from privfed.types import Unit
 
 
-def overview(path: Path, *, verify: bool, delta: float, set_cap: float | None, unit: str) -> dict[str, Any]:
+def overview(path: Path, *, verify: bool, delta: float | None, set_cap: float | None, unit: str) -> dict[str, Any]:
     """Return charges and sums of the ledger at ``path`` (a file, or a run folder that holds or links one).
 
+    Without a ``delta``, a run folder's own is taken, and 1e-5 elsewhere.
+
     Raises:
-        LedgerError: If there is no ledger there.
+        ConfigError: If there is no ledger there.
     """
     file = path / "ledger.sqlite" if path.is_dir() else path
     if not file.exists():
-        raise LedgerError(f"There is no ledger at {file}: pass a ledger file or a run folder.")
+        raise ConfigError(f"There is no ledger at {file}: pass a ledger file or a run folder.")
+    if delta is None:
+        delta = _delta_of(path)
     with Ledger.open(file, create=False) as ledger:
         problems = ledger.verify() if verify else []
+        if problems:  # nothing in a damaged ledger is worth adding up
+            unread: dict[str, Any] = {"entries": None, "head": None, "data": []}
+            return {"ledger": str(file), **unread, "verified": False, "problems": problems, "ok": False}
         entries = ledger.entries()
         data = sorted({entry.charge.data_digest for entry in entries})
         kind: Unit = "client" if unit == "client" else "example"
@@ -35,16 +43,22 @@ def overview(path: Path, *, verify: bool, delta: float, set_cap: float | None, u
             "entries": len(entries),
             "head": ledger.head(),
             "data": [_data_set(ledger, digest, entries, kind, delta) for digest in data],
-            **({"verified": not problems, "problems": problems, "ok": not problems} if verify else {}),
+            **({"verified": True, "problems": [], "ok": True} if verify else {}),
         }
+
+
+def _delta_of(path: Path) -> float:
+    config = path / "config.toml"
+    return load_config(str(config)).privacy.target_delta if config.is_file() else 1e-5
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """Return the overview as text."""
-    out = [f"{found['ledger']}: {found['entries']} charges, head {found['head'][:16]}"]
+    charges = "damaged" if found["head"] is None else f"{found['entries']} charges, head {found['head'][:16]}"
+    out = [f"{found['ledger']}: {charges}"]
     for data in found["data"]:
         spent = "without bound" if data["epsilon"] is None else f"epsilon {data['epsilon']:.4f}"
-        cap = "no cap" if data["cap"] is None else f"cap {data['cap']:g}, left {data['left']:.4f}"
+        cap = "no cap" if data["cap"] is None else f"cap {data['cap']:g}, {data['left']:.4f} left at least"
         out.append(f"data {data['data_digest'][:12]}: {spent} at delta {data['delta']:g} per {data['unit']}; {cap}")
         out.extend(
             f"  run {run['run_id'][:12]}  {run['project']}  {run['charges']} charges, {run['clients']} clients, "

@@ -31,7 +31,7 @@ from privfed.privacy.plan import Plan
 from privfed.privacy.spending import spent_so_far
 from privfed.report.facts import receipt_facts
 from privfed.report.html import write_report
-from privfed.report.receipt import build_receipt, write_receipt
+from privfed.report.receipt import build_receipt, read_receipt, write_receipt
 from privfed.rng import reproducible_key
 
 PACKAGES = ("torch", "transformers", "peft", "opacus", "dp-accounting", "numpy", "cryptography")
@@ -73,6 +73,8 @@ def train(config: RunConfig, *, out: Path, resume: bool = False, progress: Progr
     started = time.perf_counter()
     materials.check_before_data(config)
     run_folder = _open_folder(config, out, resume=resume)
+    if (run_folder.path / "receipt.json").exists():
+        return _finish_again(config, run_folder)
     try:
         setup.set_deterministic()
         material = materials.gather(config)
@@ -104,10 +106,10 @@ class _Run:
         holder = self._holder()
         self._approve(holder)
         self.watch.message(f"Loading {self.config.model.name}")
-        self.bench = setup.build(self.config, self.material)
+        self.bench = setup.build(self.config, self.material, self.watch)
         stages = setup.make_stages(self.config, self.material, self.bench, self.plan, holder, self.watch)
         vanishing = self._check_before(stages)
-        frozen = sentinels.frozen_digest(self.bench.tuned.model)
+        frozen = sentinels.frozen_digests(self.bench.tuned.model)
         self._open_metrics(stages)
         spent = spent_so_far(self.config.privacy, self.plan, materials.plans(self.config, self.material))
         outcome = run_phases(
@@ -189,7 +191,7 @@ class _Run:
             cap = self.ledger.cap(self.material.dataset.digest, unit)
             if cap is not None:
                 raise BudgetExceededError(
-                    f'This run has privacy.unit = "none", which spends without limit, and the data holder\'s cap is epsilon '
+                    f'privacy.unit = "none" spends without limit, and the data holder\'s cap is epsilon '
                     f"{cap.epsilon:g} per {unit}: turn privacy on."
                 )
 
@@ -206,10 +208,10 @@ class _Run:
         return vanishing
 
     def _check_after(
-        self, stages: Mapping[str, setup.Stage], outcome: Outcome, vanishing: frozenset[str], frozen: str
+        self, stages: Mapping[str, setup.Stage], outcome: Outcome, vanishing: frozenset[str], frozen: Mapping[str, str]
     ) -> None:
         stage = stages[TRAIN]
-        after = sentinels.frozen_digest(self._bench().tuned.model)
+        after = sentinels.frozen_digests(self._bench().tuned.model)
         results = self.results if self.results is not None else {}
         results["frozen"] = f"passed: {sentinels.check_frozen(frozen, after)}"
         if stage.phase.plan.rounds * stage.phase.plan.local_steps > 1:
@@ -322,9 +324,17 @@ def _open_ledger(config: RunConfig, run_folder: RunFolder) -> Ledger:
         raise ConfigError(f"The ledger's folder {path.parent} cannot be made ({error}): pass --ledger.") from error
     ledger = Ledger.open(path)
     link = run_folder.path / "ledger.sqlite"
-    if path != link and not link.is_symlink():
+    if path.resolve() != link.resolve() and not link.is_symlink():
         link.symlink_to(path.resolve())
     return ledger
+
+
+def _finish_again(config: RunConfig, run_folder: RunFolder) -> RunResult:
+    """Do what comes after the receipt: a run that was stopped there has no more to train, and perhaps no key."""
+    write_report(run_folder.path)
+    with _open_ledger(config, run_folder) as ledger:
+        ledger.erase_run_key(run_folder.run_id)
+    return RunResult(folder=run_folder.path, receipt=read_receipt(run_folder.path / "receipt.json"))
 
 
 def _discard_unstarted(run_folder: RunFolder) -> None:

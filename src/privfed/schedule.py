@@ -39,7 +39,10 @@ class ClientConfig(Table):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.batch_size is not None and self.sampling_probability is not None:
-            raise ValueError("give one of batch_size and sampling_probability, not both")
+            raise ValueError(
+                f"batch_size = {self.batch_size} and sampling_probability = {self.sampling_probability:g} are both "
+                "given, expected one of them; unset the other (-s client.sampling_probability=unset)"
+            )
         return self
 
     def probability(self, shard_size: int) -> float:

@@ -67,7 +67,7 @@ class Identity:
         largest = float(np.abs(vector_D).max(initial=0.0))
         if largest > self._max_value:
             raise ClientError(
-                f"A value of the update is {largest:.3g}, beyond compression.max_value = {self._max_value:g}: "
+                f"A value of the update is beyond compression.max_value = {self._max_value:g}: "
                 "raise max_value or lower the learning rate."
             )
         steps_M = np.rint(vector_D.astype(np.float64) / self._step).astype(np.int64)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
@@ -68,11 +71,36 @@ def signed_values(message: bytes, *, length: int) -> tuple[str, float, float, ND
         version, client_id, _codec, bits, scale, count, weight, floats = fields
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise ProtocolError(f"The message's header cannot be read: {error}") from error
-    if version != 1 or count != length or not 1 <= bits <= 32:
+    if version != 1 or count != length:
         raise ProtocolError(f"The message holds {count} values in version {version}, expected {length} in version 1.")
+    _check_fields(client_id, bits, scale, count, weight, floats)
     payload = message[2 + size :]
     if floats:
         if len(payload) != 4 * count:
             raise ProtocolError(f"The payload has {len(payload)} bytes, expected {4 * count}.")
-        return client_id, weight, scale, np.frombuffer(payload, dtype="<f4").astype(np.float64)
+        values_D = np.frombuffer(payload, dtype="<f4").astype(np.float64)
+        if not np.isfinite(values_D).all():
+            raise ProtocolError(f"The message of {client_id} holds NaN or infinity, expected finite values.")
+        return client_id, weight, scale, values_D
     return client_id, weight, scale, from_ring(unpack_bits(payload, bits, count).astype(np.uint64), bits)
+
+
+def _check_fields(client_id: Any, bits: Any, scale: Any, count: Any, weight: Any, floats: Any) -> None:
+    """Refuse a header whose values could crash or poison the sum: a client may send anything.
+
+    Raises:
+        ProtocolError: If a field is of another type or out of range.
+    """
+    sound = (
+        isinstance(client_id, str)
+        and type(bits) is int
+        and 1 <= bits <= 32
+        and type(count) is int
+        and type(floats) is bool
+        and isinstance(scale, float)
+        and 0 < scale < math.inf
+        and isinstance(weight, float)
+        and 0 <= weight < math.inf
+    )
+    if not sound:
+        raise ProtocolError("The message's header holds a value of another type or out of range.")

@@ -55,8 +55,8 @@ class StochasticQuantizer:
         self._step = config.max_value / self._levels
         if ring is not None and self._levels > largest_step_count(ring.bits, ring.clients):
             raise ConfigError(
-                f"compression.bits = {config.bits} with {ring.clients} clients does not fit a ring of {ring.bits} bits: "
-                "use fewer bits or a smaller cohort."
+                f"compression.bits = {config.bits} with {ring.clients} clients does not fit a ring of {ring.bits} "
+                "bits: use fewer bits or a smaller cohort."
             )
 
     def l2_bound(self, bound: float, length: int) -> float:

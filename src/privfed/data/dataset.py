@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,7 +36,8 @@ class TextDataset:
     Attributes:
         name: The built-in or hub name, or the file's name.
         label_names: The name of class i at position i.
-        digest: SHA-256 over the training rows in order; equal rows give an equal digest on every machine.
+        digest: SHA-256 over the source's training texts before any choice of the run (limit, split, labels): what a
+            ledger calls this data. The same on every machine.
         source: A sentence that says where the rows come from, with the licence where it is known.
         notes: What was done to the rows on the way in, e.g. ``"212 duplicate rows dropped"``.
     """
@@ -49,11 +51,14 @@ class TextDataset:
     notes: tuple[str, ...] = ()
 
 
-def digest_of(split: Split, label_names: tuple[str, ...]) -> str:
-    """Return the SHA-256 of the rows of ``split`` in order, and of the names of the classes."""
-    state = hashlib.sha256(json.dumps(label_names).encode())
-    clients = split.clients if split.clients is not None else (None,) * len(split)
-    for text, label, client in zip(split.texts, split.labels.tolist(), clients, strict=True):
-        # JSON escapes every separator, so no two different lists of rows share one byte string.
-        state.update(json.dumps([text, label, client]).encode() + b"\n")
+def digest_of(texts: Iterable[str]) -> str:
+    """Return the SHA-256 of a set of texts, whatever their order.
+
+    It names the data in a ledger, so it must not change with what a run chooses: not with the labels, the split, the
+    limit or the clients. Otherwise another choice would open a fresh account for the same people's texts.
+    """
+    state = hashlib.sha256()
+    for text in sorted(texts):
+        # JSON escapes every separator, so no two different lists of texts share one byte string
+        state.update(json.dumps(text).encode() + b"\n")
     return state.hexdigest()

@@ -47,6 +47,7 @@ def load_dataset(config: DataConfig, *, seed: int) -> TextDataset:
     rows, empty = drop_empty(rows, raw.train.origin)
     rows, dropped = drop_exact(rows)
     notes += empty + dropped
+    digest = digest_of(rows.texts)  # before anything the configuration chooses: a budget belongs to all of the rows
     if raw.test is not None:
         test = check_rows(raw.test, config)
         rows, test = _same_kind(rows, test)
@@ -75,7 +76,7 @@ def load_dataset(config: DataConfig, *, seed: int) -> TextDataset:
         train=train,
         test=_encode(test, classes),
         label_names=label_names,
-        digest=digest_of(train, label_names),
+        digest=digest,
         source=raw.source,
         notes=tuple(notes),
     )

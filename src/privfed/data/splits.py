@@ -38,6 +38,12 @@ def hold_out(rows: Rows, fraction: float, *, origin: str) -> tuple[Rows, Rows, l
         )
     note = f"{counted(moved, 'row')} moved to the other side of the split with their near-duplicates"
     notes = [note] if moved else []
+    share = len(test_rows) / len(rows)
+    if abs(share - fraction) > 0.5 * fraction:
+        notes.append(
+            f"only {len(test_rows)} of {len(rows)} rows ({share:.1%}) fell to the test side, not test_fraction = "
+            f"{fraction:.0%}: were these rows split by privfed before? Give a test_path"
+        )
     return rows.take(sorted(train)), rows.take(sorted(test_rows)), notes
 
 

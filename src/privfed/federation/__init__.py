@@ -1,1 +1,1 @@
-"""federation."""
+"""The federation: clients, server, rounds, checkpoints and engines."""

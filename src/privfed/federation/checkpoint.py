@@ -27,13 +27,11 @@ class Checkpoint:
         state: The server's state.
         metrics_bytes: Length of metrics.jsonl at this point; what lies beyond belongs to an unfinished round.
         totals: Running totals (bytes, seconds) for the final report.
-        done: True once training is complete.
     """
 
     state: ServerState
     metrics_bytes: int
     totals: Mapping[str, float] = field(default_factory=dict)
-    done: bool = False
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -62,7 +60,6 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "taken": dict(state.taken),
         "metrics_bytes": checkpoint.metrics_bytes,
         "totals": dict(checkpoint.totals),
-        "done": checkpoint.done,
     }
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +78,14 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
         with safe_open(path, framework="numpy") as file:
             fields: dict[str, Any] = json.loads((file.metadata() or {})["privfed"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        if fields["version"] != VERSION:
+            raise ResumeError(f"{path} is a checkpoint of version {fields['version']}, expected {VERSION}.")
+        return _parsed(fields, tensors)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
         raise ResumeError(f"{path} is not a checkpoint ({error}): start the run anew in an empty folder.") from error
-    if fields["version"] != VERSION:
-        raise ResumeError(f"{path} is a checkpoint of version {fields['version']}, expected {VERSION}.")
+
+
+def _parsed(fields: Mapping[str, Any], tensors: dict[str, Any]) -> Checkpoint:
     state = ServerState(
         phase=fields["phase"],
         round=fields["round"],
@@ -92,4 +93,4 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
         optimizer={name.removeprefix("optimizer."): value for name, value in tensors.items()},
         taken=fields["taken"],
     )
-    return Checkpoint(state=state, metrics_bytes=fields["metrics_bytes"], totals=fields["totals"], done=fields["done"])
+    return Checkpoint(state=state, metrics_bytes=fields["metrics_bytes"], totals=fields["totals"])

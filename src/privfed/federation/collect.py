@@ -82,8 +82,8 @@ class PlainLink:
         client_id, weight, scale, values = signed_values(message, length=self._length)
         if self._sum is None:
             self._sum, self._scale = values.copy(), scale
-        elif scale != self._scale:
-            raise ProtocolError(f"{client_id} used scale {scale}, the others {self._scale}: sums would mean nothing.")
+        elif scale != self._scale or values.dtype != self._sum.dtype:
+            raise ProtocolError(f"{client_id} encoded in another way than the others: the sum would mean nothing.")
         else:
             self._sum += values
         self._weight += weight

@@ -46,7 +46,7 @@ def evaluate(module: nn.Module, examples: Examples, label_names: Sequence[str], 
     with torch.no_grad():
         for rows in microbatches(examples, np.arange(len(examples)), size):
             batch = examples.batch(rows)
-            logits = examples.logits(module, batch.inputs)
+            logits = examples.logits(module, batch)
             loss += float(cross_entropy(logits, batch.labels_B, reduction="sum"))
             predicted_N[rows] = logits.argmax(dim=1).numpy()
             truth_N[rows] = batch.labels_B.numpy()

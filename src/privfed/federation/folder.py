@@ -14,6 +14,9 @@ from typing import Any
 from privfed.errors import ResumeError
 from privfed.federation.checkpoint import write_atomic
 
+# what a crash before the configuration was in place can leave: no run yet
+_UNBORN = {"run.json", "run.json.tmp", "config.toml.tmp"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFolder:
@@ -76,7 +79,7 @@ def create(path: Path, config_toml: str) -> RunFolder:
         raise ResumeError(
             f"The folder {path} holds another run: pass --resume to continue it, or another folder with -o."
         )
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and any(entry.name not in _UNBORN for entry in path.iterdir()):
         raise ResumeError(f"The folder {path} is not empty and holds no run: pass an empty or new folder with -o.")
     path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path=path, run_id=uuid.uuid4().hex, created=datetime.now(UTC).isoformat(timespec="seconds"))

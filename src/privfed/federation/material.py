@@ -92,8 +92,8 @@ def _check_batches(config: RunConfig, shards: tuple[Shard, ...]) -> None:
         if config.privacy.unit == "example" and client.probability(len(smallest)) > 1:
             raise DataError(
                 f"client.batch_size = {client.batch_size} is larger than the shard of {smallest.client_id} "
-                f"({len(smallest)} examples) in phase {name}: Poisson sampling needs batch_size <= shard; lower it, raise "
-                "partition.min_size, or give client.sampling_probability instead."
+                f"({len(smallest)} examples) in phase {name}: Poisson sampling needs batch_size <= shard; lower it, "
+                "raise partition.min_size, or give client.sampling_probability instead."
             )
 
 

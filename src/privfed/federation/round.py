@@ -76,7 +76,7 @@ class RoundReport:
     bytes_up: int
     bytes_down: int
     update_norm: float
-    saturated: int
+    saturated: int | None
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         bytes_up=collected.bytes_up,
         bytes_down=collected.bytes_down + len(broadcast) * len(cohort),
         update_norm=0.0 if mean_D is None else float(np.linalg.norm(mean_D)),
-        saturated=tally.saturated,
+        saturated=None if phase.central else tally.saturated,
     )
     return after, report
 
@@ -202,7 +202,8 @@ def _serve(link: Link, client: Client, broadcast: bytes, progress: Progress, tal
     except (BudgetExceededError, LedgerError):
         raise
     except Exception as error:  # noqa: BLE001  (any failure of one client must cost the round only that client)
-        reason = f"{type(error).__name__}: {error}"
+        # under client level a message could carry a figure of the protected client: its kind has to do
+        reason = type(error).__name__ if client.clip is not None else f"{type(error).__name__}: {error}"
         tally.dropped.append((client_id, reason))
         progress.client_dropped(client_id, reason)
     progress.client_done(client_id)

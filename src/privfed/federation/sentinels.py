@@ -10,7 +10,7 @@ Shape suffixes: B examples of the probe, D trained values.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -67,6 +67,8 @@ def check_gradients(module: nn.Module, probe: Examples, *, private: bool) -> tup
     Raises:
         SentinelError: Naming the first tensor without a gradient, or with a wrong one.
     """
+    if private:
+        PerExampleModel(module).close()  # refuses layers without per-example gradients in its own words
     before = read_flat(module)
     noise = experiment_rng(0, "sentinel").standard_normal(len(before)).astype(np.float32)
     write_flat(module, before + np.float32(0.02) * noise)
@@ -84,17 +86,18 @@ def check_gradients(module: nn.Module, probe: Examples, *, private: bool) -> tup
         for _, parameter in trained(module):
             parameter.grad = None
     sentence = f"{len(names)} trained tensors: per-example gradients equal autograd's within {worst:.1e}"
+    if vanishing:
+        sentence += f"; the gradient of {len(vanishing)} vanishes ({sorted(vanishing)[0]} is one)"
     return sentence, vanishing
 
 
-def frozen_digest(module: nn.Module) -> str:
-    """Return the SHA-256 of every frozen parameter and buffer."""
-    state = hashlib.sha256()
+def frozen_digests(module: nn.Module) -> dict[str, str]:
+    """Return the SHA-256 of every frozen parameter and buffer, by name."""
     frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
-    for name, tensor in [*frozen, *module.named_buffers()]:
-        state.update(name.encode())
-        state.update(tensor.detach().contiguous().numpy().tobytes())
-    return state.hexdigest()
+    return {
+        name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in [*frozen, *module.named_buffers()]
+    }
 
 
 def check_moved(layout: ParamLayout, start_D: Float32, end_D: Float32, vanishing: frozenset[str]) -> str:
@@ -114,17 +117,24 @@ def check_moved(layout: ParamLayout, start_D: Float32, end_D: Float32, vanishing
     return f"all {len(layout.names) - len(vanishing)} trained tensors with a gradient moved"
 
 
-def check_frozen(before: str, after: str) -> str:
+def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> str:
     """Return a sentence for the receipt if the frozen weights are the same.
 
+    Args:
+        before: ``frozen_digests`` before training.
+        after: ``frozen_digests`` after training.
+
     Raises:
-        SentinelError: If they are not.
+        SentinelError: Naming the tensors that changed.
     """
-    if before != after:
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if changed:
         raise SentinelError(
-            "Training changed weights that are frozen: the adapter alone would not reproduce the model."
+            f"Training changed {', '.join(changed[:5])}, which should be frozen: the adapter alone would not "
+            "reproduce the model."
         )
-    return f"frozen weights unchanged (SHA-256 {after[:12]})"
+    whole = hashlib.sha256("".join(f"{name}{digest}" for name, digest in after.items()).encode()).hexdigest()
+    return f"frozen weights unchanged (SHA-256 {whole[:12]})"
 
 
 def _one_at_a_time(module: nn.Module, probe: Examples, row: int) -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ from privfed.federation.phases import TRAIN, phases
 from privfed.federation.round import RING_BITS, CentralNoise, Phase
 from privfed.models.examples import Examples, TextExamples, head_features
 from privfed.models.loading import LoadedModel, load_model
+from privfed.models.prefix import attach, find_prefix
 from privfed.privacy.plan import PhasePlan, Plan
 from privfed.rng import experiment_seed
 from privfed.schedule import ServerConfig
@@ -50,7 +51,7 @@ class Stage:
     phase: Phase
 
 
-def build(config: RunConfig, material: Material) -> Workbench:
+def build(config: RunConfig, material: Material, progress: Progress) -> Workbench:
     """Load the model, apply the tuning, tokenise the texts.
 
     Raises:
@@ -64,12 +65,15 @@ def build(config: RunConfig, material: Material) -> Workbench:
     def examples(split: Any) -> TextExamples:
         return TextExamples(split.texts, split.labels, loaded.tokenizer, config.model.max_length)
 
-    return Workbench(
+    bench = Workbench(
         loaded=loaded,
         tuned=tuned,
         train=examples(material.dataset.train),
         test=examples(material.dataset.test),
     )
+    if config.model.dropout == 0.0:
+        _cache_frozen(bench, config.model.cache_frozen_gib, progress)
+    return bench
 
 
 def make_stages(
@@ -101,6 +105,22 @@ def trained_head(tuned: TunedModel) -> nn.Module:
     head = tuned.model.get_submodule(tuned.head)
     copies = getattr(head, "modules_to_save", None)
     return head if copies is None else copies["default"]
+
+
+def _cache_frozen(bench: Workbench, gib: float, progress: Progress) -> None:
+    """Run frozen first blocks once over all texts, where there are any and their output fits.
+
+    The limit is fixed in the configuration: free memory would let a resumed run choose otherwise, and padding then
+    changes the last bits.
+    """
+    prefix = find_prefix(bench.tuned.model, bench.tuned.head)
+    width = int(getattr(bench.tuned.model.config, "hidden_size", 0))
+    needed = 4 * width * int(bench.train.lengths.sum() + bench.test.lengths.sum())
+    if prefix is None or needed > gib * 2**30:
+        return
+    progress.message(f"Running the frozen blocks once over all texts ({needed / 2**20:.0f} MiB kept)")
+    if not attach(bench.tuned.model, prefix, bench.train, bench.test):
+        progress.message("The frozen blocks' output cannot be replayed in this model: running it whole")
 
 
 def _module(

@@ -18,6 +18,8 @@ class ModelConfig(Table):
         max_length: Longest input in tokens; longer texts are cut.
         dropout: Dropout of the base model while it trains. 0 by default: a tuner's per-example gradient is then
             the same alone as in a batch, and short private runs do not gain from dropout.
+        cache_frozen_gib: Where the first transformer blocks are frozen, run them once over the data and keep their
+            output, if it takes no more than this (4 bytes x hidden width a token); 0 to run them every time.
     """
 
     name: str = "minilm"
@@ -25,3 +27,4 @@ class ModelConfig(Table):
     revision: str | None = None
     max_length: int = Field(default=128, ge=4, le=131072)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    cache_frozen_gib: float = Field(default=2.0, ge=0.0)

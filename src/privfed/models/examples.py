@@ -6,8 +6,9 @@ Shape suffixes: B examples of a microbatch, S tokens, F features, K classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,15 +16,19 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+if TYPE_CHECKING:
+    from privfed.models.prefix import FrozenPrefix
+
 Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A microbatch: what the module's forward gets, and the labels [B]."""
+    """A microbatch: what the module's forward gets, the labels [B], and states of a frozen prefix [B, S, H]."""
 
     inputs: Any
     labels_B: torch.Tensor
+    states_BSH: torch.Tensor | None = None
 
 
 class TextExamples:
@@ -42,6 +47,12 @@ class TextExamples:
         self._labels = torch.from_numpy(np.array(labels, dtype=np.int64))
         self._pad = int(tokenizer.pad_token_id)
         self.lengths = np.asarray([len(ids) for ids in self._ids])
+        self._prefix: FrozenPrefix | None = None
+        self._states: list[torch.Tensor] = []
+
+    def use_prefix(self, prefix: FrozenPrefix | None, states: list[torch.Tensor]) -> None:
+        """Run forward passes from these states of a frozen prefix, one [S, H] an example; None to stop."""
+        self._prefix, self._states = prefix, states
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -56,12 +67,16 @@ class TextExamples:
             ids_BS[position, : len(ids)] = ids
             mask_BS[position, : len(ids)] = 1
         inputs = {"input_ids": torch.from_numpy(ids_BS), "attention_mask": torch.from_numpy(mask_BS)}
-        return Batch(inputs, self._labels[torch.from_numpy(rows)])
+        labels_B = self._labels[torch.from_numpy(rows)]
+        if self._prefix is None:
+            return Batch(inputs, labels_B)
+        states_BSH = torch.nn.utils.rnn.pad_sequence([self._states[row] for row in rows], batch_first=True)
+        return Batch(inputs, labels_B, states_BSH)
 
-    @staticmethod
-    def logits(module: nn.Module, inputs: Any) -> torch.Tensor:
+    def logits(self, module: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the logits [B, K] of a transformers classifier."""
-        output: torch.Tensor = module(**inputs).logits
+        with self._prefix.states(batch.states_BSH) if self._prefix else nullcontext():
+            output: torch.Tensor = module(**batch.inputs).logits
         return output
 
 
@@ -87,10 +102,9 @@ class FeatureExamples:
         index = torch.from_numpy(rows)
         return Batch(self._features[index], self._labels[index])
 
-    @staticmethod
-    def logits(module: nn.Module, inputs: Any) -> torch.Tensor:
+    def logits(self, module: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the logits [B, K] of a head."""
-        output: torch.Tensor = module(inputs)
+        output: torch.Tensor = module(batch.inputs)
         return output
 
 
@@ -99,7 +113,7 @@ Examples = TextExamples | FeatureExamples
 
 def losses(examples: Examples, module: nn.Module, batch: Batch) -> torch.Tensor:
     """Return the cross-entropy of each example [B]; no example's loss depends on another's."""
-    return cross_entropy(examples.logits(module, batch.inputs), batch.labels_B, reduction="none")
+    return cross_entropy(examples.logits(module, batch), batch.labels_B, reduction="none")
 
 
 def microbatches(examples: Examples, rows: Rows, size: int) -> Iterator[Rows]:
@@ -126,7 +140,7 @@ def head_features(module: nn.Module, head: nn.Module, examples: TextExamples, si
             for rows in microbatches(examples, np.arange(len(examples)), size):
                 captured.clear()
                 batch = examples.batch(rows)
-                logits = examples.logits(module, batch.inputs)
+                logits = examples.logits(module, batch)
                 found = captured[-1]
                 if found.dim() != 2 or not torch.equal(head(found), logits):
                     return None

@@ -103,9 +103,11 @@ def _quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(config: ModelConfig, source: ModelSource) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         logging.getLogger(__name__).debug("loading failed", exc_info=True)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if source.local:

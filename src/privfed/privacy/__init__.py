@@ -1,1 +1,1 @@
-"""privacy."""
+"""Privacy: per-example gradients, clipping, noise, accounting, plans, and the data holder's ledger."""

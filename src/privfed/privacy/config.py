@@ -44,8 +44,16 @@ class PrivacyConfig(Table):
             )
         if self.unit == "none":
             return self
-        if (self.target_epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("give exactly one of target_epsilon and noise_multiplier")
+        if self.target_epsilon is None and self.noise_multiplier is None:
+            raise ValueError(
+                "neither target_epsilon nor noise_multiplier is given, expected exactly one of them; "
+                'set target_epsilon = 8.0, or unit = "none" for a run without privacy'
+            )
+        if self.target_epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError(
+                f"target_epsilon = {self.target_epsilon:g} and noise_multiplier = {self.noise_multiplier:g} are both "
+                "given, expected exactly one of them; unset the other (-s privacy.target_epsilon=unset)"
+            )
         wanted = "local" if self.unit == "example" else "central"
         if self.placement not in (None, wanted):
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from scipy.stats import binom
 
@@ -43,7 +44,11 @@ class PhasePlan:
     @property
     def participations(self) -> int:
         """The most rounds that any client takes part in; balanced cohorts make it exact."""
-        return math.ceil(self.rounds * self.cohort_size / self.clients)
+        return self.participations_by(self.rounds)
+
+    def participations_by(self, rounds: int) -> int:
+        """Return the most rounds that any client has taken part in after ``rounds`` rounds."""
+        return math.ceil(rounds * self.cohort_size / self.clients)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +119,12 @@ def make_plan(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bo
     )
 
 
-def affordable_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan]) -> int:
+def affordable_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bool) -> int:
     """Return how many rounds of the last phase the budget affords at the given noise multiplier.
 
     Raises:
-        ConfigError: If the configuration has no noise multiplier or no target.
+        ConfigError: If the configuration has no noise multiplier or no target, or so many rounds are too small to mask
+            under client level.
     """
     if privacy.unit == "none" or privacy.noise_multiplier is None or privacy.target_epsilon is None:
         raise ConfigError("Rounds follow from both a noise multiplier and an epsilon: give both.")
@@ -128,18 +134,21 @@ def affordable_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan]) -> in
     def stages(participations: int) -> list[Stage]:
         return [*before, replace(last, steps=participations * per_participation)]
 
-    most = steps_for(
+    solve = partial(
+        steps_for,
         stages,
         noise_multiplier=privacy.noise_multiplier,
         unit=privacy.unit,
         target_epsilon=privacy.target_epsilon,
-        target_delta=privacy.target_delta,
         accountant=privacy.accountant,
         relation=privacy.neighboring_relation,
     )
-    if privacy.unit == "client":
-        return most
-    return most * phases[-1].clients // phases[-1].cohort_size
+    most = solve(target_delta=privacy.target_delta)
+    if privacy.unit == "example":
+        return most * phases[-1].clients // phases[-1].cohort_size
+    # fewer rounds lose less of delta, so what the most rounds lose is enough to set aside
+    lost = _lost_rounds(privacy, [*phases[:-1], replace(phases[-1], rounds=most)], masked=masked)
+    return solve(target_delta=privacy.target_delta - lost) if lost else most
 
 
 def _participations(privacy: PrivacyConfig, phase: PhasePlan) -> int:
@@ -197,8 +206,8 @@ def _lost_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked:
     lost = sum(p.rounds * float(binom.cdf(1, p.clients - 1, p.cohort_size / p.clients)) for p in phases)
     if lost > LOST_ROUNDS_SHARE * privacy.target_delta:
         raise ConfigError(
-            f"With client-level sampling of {phases[-1].cohort_size} expected clients, some round has fewer than the two "
-            f"that a masked sum needs with probability {lost:.1g}, more than a tenth of target_delta = "
+            f"With client-level sampling of {phases[-1].cohort_size} expected clients, some round has fewer than the "
+            f"two that a masked sum needs with probability {lost:.1g}, more than a tenth of target_delta = "
             f'{privacy.target_delta:g}: raise server.cohort_size, or set secagg.name = "none".'
         )
     return lost

@@ -38,7 +38,8 @@ def spent_so_far(
         events: list[PrivacyEvent] = []
         for index, planned in enumerate(whole.events_by_client[whole.worst_client][: position + 1]):
             done = phases[index].rounds if index < position else rounds
-            steps = math.ceil(planned.steps * done / phases[index].rounds)
+            phase = phases[index]
+            steps = done if privacy.unit == "client" else phase.participations_by(done) * phase.local_steps
             events.append(replace(planned, steps=steps))
         value = epsilon(events, whole.delta - whole.lost_rounds_delta, accountant=privacy.accountant)
         return min(value, whole.epsilon)

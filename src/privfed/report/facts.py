@@ -144,10 +144,11 @@ def _views(
             "release": view(*_client_assumptions(plan)),
         }
     post = "Post-processing of each client's own noisy steps; other clients' noise is not counted in."
+    leaving = "Whether a client drops out of a round does not depend on its data."
     return {
-        "individual": view("Each client adds its own noise before anything leaves it."),
-        "aggregate": view(post),
-        "release": view(post),
+        "individual": view("Each client adds its own noise before anything leaves it.", leaving),
+        "aggregate": view(post, leaving),
+        "release": view(post, leaving),
     }
 
 

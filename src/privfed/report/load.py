@@ -83,7 +83,7 @@ class Round(_Line):
     bytes_up_per_client: int = 0
     bytes_down: int = 0
     update_norm: float | None = None
-    saturated: int = 0
+    saturated: int | None = 0
 
 
 class LabelScore(_Line):

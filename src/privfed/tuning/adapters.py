@@ -46,18 +46,27 @@ def lora_wrapped(loaded: LoadedModel, seed: int, **options: Any) -> TunedModel:
 
     head = head_name(loaded.model)
     config = LoraConfig(task_type="SEQ_CLS", modules_to_save=[head], lora_dropout=0.0, **options)
-    config.base_model_name_or_path = loaded.source.location
+    config.base_model_name_or_path = loaded.source.public_name
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # peft 0.21 asks transformers 5 by a name that it is about to drop
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            # GPT-2's Conv1D: peft sets the option right itself, and says so
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
             torch.manual_seed(seed)
             model = get_peft_model(loaded.model, config)
     except ValueError as error:
         first = str(error).split(". ")[0]
-        raise ModelError(f"This tuning does not fit the model: {first}. Set tuning.target_modules.") from error
+        targets = options.get("target_modules") or "peft's defaults"
+        raise ModelError(
+            f"tuning.target_modules = {targets} does not fit {type(loaded.model).__name__} ({first}): "
+            "set tuning.target_modules to names of its layers."
+        ) from error
 
     def save(folder: Path) -> None:
+        for adapter in model.peft_config.values():
+            if isinstance(adapter.target_modules, set):  # whose order differs from process to process
+                adapter.target_modules = sorted(adapter.target_modules)
         with warnings.catch_warnings():
             # peft asks the hub whether the base's vocabulary grew; ours never does
             warnings.simplefilter("ignore")

@@ -25,13 +25,14 @@ class FfaLoraConfig(Table):
     r: int = Field(default=8, ge=1)
     lora_alpha: float = Field(default=16, gt=0)
     target_modules: list[str] | None = None
+    layers_to_transform: list[int] | None = None
 
 
 def apply(loaded: LoadedModel, config: FfaLoraConfig, seed: int) -> TunedModel:
     """Wrap the model, then freeze every A; the adapter saved is a plain LoRA adapter."""
     from privfed.tuning.adapters import lora_wrapped
 
-    tuned = lora_wrapped(loaded, seed, r=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules)
+    tuned = lora_wrapped(loaded, seed, **config.model_dump(exclude={"name"}))
     for name, parameter in tuned.model.named_parameters():
         if ".lora_A." in name or ".lora_embedding_A." in name:
             parameter.requires_grad_(False)

@@ -25,19 +25,22 @@ class LoraConfig(Table):
         r: Rank.
         lora_alpha: Scale; the update is multiplied by lora_alpha / r.
         target_modules: Names of the layers to adapt; None for peft's default of the model (query and value).
+        layers_to_transform: Numbers of the blocks to adapt; None for all. Adapting the last few only needs less
+            noise (fewer values are trained) and less time (nothing below is back-propagated).
     """
 
     name: Literal["lora"] = "lora"
     r: int = Field(default=8, ge=1)
     lora_alpha: float = Field(default=16, gt=0)
     target_modules: list[str] | None = None
+    layers_to_transform: list[int] | None = None
 
 
 def apply(loaded: LoadedModel, config: LoraConfig, seed: int) -> TunedModel:
     """Wrap the model with trained A and B."""
     from privfed.tuning.adapters import lora_wrapped
 
-    return lora_wrapped(loaded, seed, r=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules)
+    return lora_wrapped(loaded, seed, **config.model_dump(exclude={"name"}))
 
 
 TUNINGS.register("lora")(Tuning(config=LoraConfig, apply=apply, linear=False))

@@ -6,12 +6,14 @@ import contextlib
 import itertools
 import math
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -318,14 +320,20 @@ def test_plans_of_several_runs_are_checked_together(ledger):
 # --- tampering
 
 
-@pytest.fixture
-def filled(path):
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sound") / "ledger.sqlite"
     with Ledger.open(path) as opened:
         opened.set_cap(data_digest=DATA, unit="example", epsilon=20.0, delta=DELTA)
         for number in range(4):
             opened.charge(charge(number))
         assert opened.verify() == []
     return path
+
+
+@pytest.fixture
+def filled(path, sound):
+    return Path(shutil.copy(sound, path))
 
 
 def tamper(path, *statements, keep_triggers=False):
@@ -347,7 +355,7 @@ def problems(path):
         return opened.verify()
 
 
-@pytest.mark.parametrize("sequence", [1, 3, 5])
+@pytest.mark.parametrize("sequence", [1, 4])
 @pytest.mark.parametrize("column", [*COLUMNS, "previous_hash", "hash"])
 def test_every_changed_field_is_found(filled, column, sequence):
     change = f"{column} || 'x'" if COLUMNS.get(column, str) is str else f"{column} + 1"

@@ -61,7 +61,8 @@ def run_phases(
         BudgetExceededError: If a charge would pass the holder's cap.
     """
     checkpoint = load_checkpoint(folder.checkpoint)
-    folder.cut_metrics(checkpoint.metrics_bytes if checkpoint else 0)
+    if checkpoint:
+        folder.cut_metrics(checkpoint.metrics_bytes)
     names = list(stages)
     totals: dict[str, float] = dict(checkpoint.totals) if checkpoint else {}
     start_D = {name: read_flat(stage.module) for name, stage in stages.items()}

@@ -20,11 +20,13 @@ class ModelSource:
         location: A folder, or a hub name.
         local: True where ``location`` is a folder on this machine.
         origin: One sentence for people: what the weights are and where they come from.
+        public_name: What an adapter calls its base model; a path of this machine would tell more than it helps.
     """
 
     location: str
     local: bool
     origin: str
+    public_name: str
 
 
 MODELS: Registry[Callable[[], ModelSource]] = Registry("model", "privfed.models.sources")
@@ -43,10 +45,14 @@ def resolve(config: ModelConfig) -> ModelSource:
     folder = Path(config.name)
     if folder.is_dir():
         _check_folder(folder)
-        return ModelSource(location=str(folder), local=True, origin=f"the local folder {folder}")
+        return ModelSource(
+            location=str(folder), local=True, origin=f"the local folder {folder}", public_name=folder.resolve().name
+        )
     if config.name.startswith((".", "/")):
         raise ModelError(f"There is no model folder {config.name!r}: pass a folder with config.json and *.safetensors.")
-    return ModelSource(location=config.name, local=False, origin=f"{config.name} on the Hugging Face hub")
+    return ModelSource(
+        location=config.name, local=False, origin=f"{config.name} on the Hugging Face hub", public_name=config.name
+    )
 
 
 def check_sha256(path: Path, expected: str) -> None:

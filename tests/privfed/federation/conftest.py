@@ -1,0 +1,124 @@
+"""A federation on the tiny model, built by the real set-up code, for tests that drive single rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from privfed.federation.client import Client, Holder
+from privfed.federation.progress import Silent
+from privfed.federation.round import Phase, RoundReport, run_round
+from privfed.federation.state import ServerState
+from privfed.types import Float32, Shard
+
+
+@dataclass
+class Federation:
+    """The parts of one run, before its first round."""
+
+    config: Any
+    material: Any
+    plan: Any
+    bench: Any
+    stages: Any
+    holder: Holder
+    stack: ExitStack
+
+    def __post_init__(self) -> None:
+        from privfed.tuning.layout import read_flat
+
+        self.phase: Phase = self.stage.phase
+        start = read_flat(self.stage.module)
+        self.state = ServerState(phase=self.phase.plan.name, round=0, params_D=start)
+
+    @property
+    def stage(self) -> Any:
+        """The main phase."""
+        return self.stages["train"]
+
+    def trainers(self, change: Callable[[Client], Any]) -> None:
+        """Give each client the trainer that ``change`` returns for it."""
+        clients = {name: replace(client, trainer=change(client)) for name, client in self.phase.clients.items()}
+        self.phase = replace(self.phase, clients=clients)
+
+    def round(self, progress: Any = None) -> tuple[ServerState, RoundReport]:
+        """Run the next round and keep its state."""
+        self.state, report = run_round(self.state, self.phase, self.holder, progress or Silent())
+        return self.state, report
+
+
+class Given:
+    """A trainer that returns what it was given, in place of training."""
+
+    def __init__(self, answer: Float32 | Callable[[Float32], Float32]) -> None:
+        self.answer = answer
+
+    def run(self, params_D: Float32, shard: Shard, stream: Any, on_step: Any) -> Float32:
+        """Return the answer."""
+        return self.answer(params_D) if callable(self.answer) else self.answer
+
+
+class Recorded:
+    """A trainer that trains for real and keeps the last update; ``around`` may interfere."""
+
+    def __init__(self, trainer: Any, around: Callable[..., Any] | None = None) -> None:
+        self.trainer, self.around = trainer, around
+        self.delta_D: Float32 | None = None
+
+    def run(self, params_D: Float32, shard: Shard, stream: Any, on_step: Any) -> Float32:
+        """Train."""
+        run = self.trainer.run
+        arguments = (params_D, shard, stream, on_step)
+        self.delta_D = self.around(run, *arguments) if self.around else run(*arguments)
+        return self.delta_D
+
+
+@pytest.fixture
+def federation(tiny_config: Callable[..., Any], tmp_path: Path) -> Iterator[Callable[..., Federation]]:
+    """Return ``federation(**tables)``: the parts of a run of noise multiplier 1 with a ledger of its own."""
+    from privfed.federation import material as materials
+    from privfed.federation import setup
+    from privfed.privacy.ledger import Ledger
+
+    with ExitStack() as stack:
+
+        def build(*, key: bytes = bytes(32), **tables: Any) -> Federation:
+            # a given noise: solving for one takes seconds
+            privacy = {"target_epsilon": None, "noise_multiplier": 1.0, **tables.pop("privacy", {})}
+            config = tiny_config(privacy=privacy, **tables)
+            material = materials.gather(config)
+            plan = materials.plan_privacy(config, material)
+            ledger = stack.enter_context(Ledger.open(tmp_path / "ledger.sqlite"))
+            holder = Holder(
+                ledger=ledger,
+                key=key,
+                run_id="run",
+                ledger_run_id="run",
+                data_digest=material.dataset.digest,
+                partition_digest=material.partition_digest,
+                project="default",
+            )
+            bench = setup.build(config, material, Silent())
+            stages = setup.make_stages(config, material, bench, plan, holder, Silent())
+            made = Federation(config, material, plan, bench, stages, holder, stack)
+            stack.callback(made.stage.trainer.close)
+            return made
+
+        yield build
+
+
+@pytest.fixture(scope="session")
+def given() -> type[Given]:
+    """The trainer that returns what it was given."""
+    return Given
+
+
+@pytest.fixture(scope="session")
+def recorded() -> type[Recorded]:
+    """The trainer that keeps its update."""
+    return Recorded

@@ -1,0 +1,116 @@
+"""``privfed budget``: the epsilon, the noise or the rounds, per view, and a warning where delta is meaningless."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from dp_accounting import dp_event
+from dp_accounting.pld import pld_privacy_accountant
+
+from privfed.budget import answer, lines
+from privfed.config import load_budget_config, load_config
+from privfed.errors import ConfigError
+from privfed.federation.material import gather, plan_privacy
+
+PLAIN = [
+    "head_warm_start.name=none", "partition.clients=20", "server.cohort_size=5", "server.rounds=40",
+    "client.local_steps=10", "client.sampling_probability=0.05", "privacy.target_delta=1e-5",
+]  # fmt: skip
+
+
+def config(*overrides):
+    return load_budget_config("tiny", [*PLAIN, *overrides])
+
+
+def ask(*overrides, **sizes):
+    found, both = config(*overrides)
+    return answer(found, both=both, **sizes)
+
+
+def direct(probability, noise, steps, delta=1e-5):
+    accountant = pld_privacy_accountant.PLDAccountant(value_discretization_interval=1e-3)
+    event = dp_event.GaussianDpEvent(noise)
+    accountant.compose(dp_event.PoissonSampledDpEvent(probability, event), steps)
+    return accountant.get_epsilon(delta)
+
+
+def test_the_noise_gives_the_epsilon():
+    found = ask("privacy.noise_multiplier=0.9", "privacy.target_epsilon=unset")
+    assert found["epsilon"] == pytest.approx(direct(0.05, 0.9, 100), rel=2e-3)  # 10 participations of 10 steps
+    assert (found["noise_multiplier"], found["rounds"], found["delta"]) == (0.9, 40, 1e-5)
+
+
+def test_the_epsilon_gives_the_noise():
+    found = ask("privacy.target_epsilon=3")
+    assert found["epsilon"] <= 3
+    assert direct(0.05, found["noise_multiplier"], 100) == pytest.approx(3, rel=5e-3)
+
+
+def test_both_give_the_rounds():
+    found = ask("privacy.target_epsilon=3", "privacy.noise_multiplier=0.9")
+    participations = -(-found["rounds"] * 5 // 20)
+    assert found["epsilon"] <= 3 and direct(0.05, 0.9, 10 * participations) <= 3 * 1.002
+    assert direct(0.05, 0.9, 10 * (-(-(found["rounds"] + 1) * 5 // 20))) > 3
+    with pytest.raises(ConfigError, match=r"epsilon 0.01 affords no round at noise multiplier 0.9: raise either"):
+        ask("privacy.target_epsilon=0.01", "privacy.noise_multiplier=0.9")
+
+
+@pytest.mark.parametrize(
+    ("unit", "views"), [("example", {"individual", "aggregate", "release"}), ("client", {"release"})]
+)
+def test_a_view_without_a_guarantee_has_no_epsilon(unit, views):
+    noise = ("privacy.noise_multiplier=1", "privacy.target_epsilon=unset")
+    found = ask(f"privacy.unit={unit}", *noise, "secagg.name=none")
+    assert set(found["views"]) == {"individual", "aggregate", "release"}
+    assert {name for name, view in found["views"].items() if view["epsilon"] is not None} == views
+    for view in found["views"].values():
+        assert {"epsilon", "delta", "noise_multiplier", "rounds", "accountant"} <= view.keys()
+    text = "\n".join(lines(found))
+    assert text.count("no guarantee") == 3 - len(views)
+    assert f"{found['epsilon']:.4f}" in text and f"per {unit}" in text
+
+
+def test_sizes_that_are_given_need_no_data():
+    given = ("data.path=nowhere.csv", "client.sampling_probability=unset", "client.batch_size=16")
+    found = ask(*given, "privacy.noise_multiplier=1", "privacy.target_epsilon=unset", clients=20, shard_size=320)
+    assert found["epsilon"] == pytest.approx(direct(0.05, 1.0, 100), rel=2e-3)
+
+
+def test_data_is_read_where_the_answer_depends_on_it(tiny_config):
+    found = tiny_config(
+        client={"sampling_probability": None, "batch_size": 10},
+        privacy={"target_epsilon": None, "noise_multiplier": 1.0},
+    )
+    smallest = min(len(shard) for shard in gather(found).shards)
+    participations, steps = 2, found.client.local_steps  # 2 rounds of 3 of 4 clients
+    expected = direct(10 / smallest, 1.0, participations * steps, delta=found.privacy.target_delta)
+    assert answer(found, both=False)["epsilon"] == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_run_without_privacy_has_no_budget():
+    with pytest.raises(ConfigError, match=r'privacy.unit = "none": there is no budget to compute'):
+        answer(load_config("tiny", ["privacy.unit=none"]), both=False)
+
+
+def test_the_warm_start_is_charged():
+    without = ask("privacy.noise_multiplier=1", "privacy.target_epsilon=unset")["epsilon"]
+    warm = ["head_warm_start.name=dp_probe", "head_warm_start.rounds=20", "head_warm_start.sampling_probability=0.5"]
+    found, both = load_budget_config(
+        "tiny", [*PLAIN[1:], *warm, "privacy.noise_multiplier=1", "privacy.target_epsilon=unset"]
+    )
+    assert answer(found, both=both)["epsilon"] > without * 1.2
+
+
+@pytest.mark.parametrize(("delta", "meaningless"), [(1e-5, False), (1 / 199, False), (1 / 198, True), (0.1, True)])
+def test_a_delta_of_one_over_n_is_warned_about(tiny_config, delta, meaningless):
+    found = tiny_config(privacy={"target_delta": delta, "target_epsilon": None, "noise_multiplier": 1.0})
+    material = gather(found)
+    assert len(material.dataset.train) == 198
+    if meaningless:
+        with pytest.warns(UserWarning, match=r"is not below 1 / 198 examples: .* meaningless; lower it"):
+            plan_privacy(found, material)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plan_privacy(found, material)
