@@ -1,26 +1,28 @@
 """The tables of docs/results.md: test accuracy of five ways to tune, three seeds each, on three data sets.
 
     python benchmarks/results.py pydoc
-    python benchmarks/results.py sst2 --data DIR       # DIR holds sst2_train.jsonl.gz and sst2_dev.jsonl.gz
-    python benchmarks/results.py banking77 --data DIR
-    python benchmarks/results.py --table               # print the table of everything run so far
+    python benchmarks/results.py pydoc sst2 banking77 --data DIR   # DIR holds the files named in FILES
+    python benchmarks/results.py                                   # print the table of everything run so far
 
-Every cell is a ``privfed train`` of a shipped preset with the overrides named below; finished cells are kept in
-benchmarks/results.jsonl and not run again.
+Every cell is a shipped preset with the overrides named below, run as ``privfed train`` runs it; finished cells are kept
+in benchmarks/results.jsonl and not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 STORE = Path(__file__).with_name("results.jsonl")
 PRESETS = {"pydoc": "demo", "sst2": "sst2", "banking77": "banking77"}
@@ -38,6 +40,7 @@ PLAIN = [
     "client.batch_size=32",
     "server.optimizer=sgd",
     "server.learning_rate=1.0",
+    "server.momentum=0.0",
 ]
 LORA = [*PLAIN, "tuning.name=lora", "client.learning_rate=2e-3", "client.head_learning_rate=5e-3"]
 HEAD = [
@@ -49,52 +52,77 @@ HEAD = [
     "server.rounds=20",
     "server.evaluate_every=20",
     "client.physical_batch_size=64",
+    "server.momentum=0.5",
 ]
 VARIANTS = {
     "head only, no privacy": {"*": HEAD},
     "LoRA, no privacy": {
-        "pydoc": [*LORA, "server.rounds=4", "client.local_steps=25", "server.evaluate_every=4"],
-        "sst2": [*LORA, "server.rounds=3", "client.local_steps=12", "server.evaluate_every=3"],
-        "banking77": [*LORA, "server.rounds=6", "client.local_steps=12", "server.evaluate_every=6"],
+        "pydoc": [*LORA, "server.rounds=4", "client.local_steps=20", "server.evaluate_every=4"],
+        "sst2": [*LORA, "server.rounds=2", "client.local_steps=12", "server.evaluate_every=2"],
+        "banking77": [*LORA, "server.rounds=3", "client.local_steps=12", "server.evaluate_every=3"],
     },
     "epsilon 8": {"*": ["privacy.target_epsilon=8.0"]},
     "epsilon 2": {"*": ["privacy.target_epsilon=2.0"]},
 }
 
 
-def command(data: str, variant: str, seed: int, folder: str, source: Path | None) -> list[str]:
-    """Return the ``privfed train`` command of a cell."""
-    settings = VARIANTS[variant].get(data, VARIANTS[variant].get("*", []))
-    settings = [*settings, f"seed={seed}"]
-    if data in FILES:
-        train, test = FILES[data]
-        settings += [f"data.path={source}/{train}", f"data.test_path={source}/{test}"]
-        settings += [f"ledger.path={folder}/ledger.sqlite"]
-    parts = [sys.executable, "-m", "privfed.cli", "train", PRESETS[data], "-o", f"{folder}/run", "--json"]
-    for setting in settings:
-        parts += ["-s", setting]
-    return parts
+def share_frozen_work(folder: str) -> None:
+    """Let cells share what does not depend on them: states of the frozen blocks over one data set.
+
+    They are a function of the base model and the texts alone, and are replayed bit for bit.
+    """
+    import torch
+
+    from privfed.federation import setup
+    from privfed.models import prefix
+
+    torch.set_num_threads(1)
+    compute, features = prefix.FrozenPrefix.compute, setup.head_features
+
+    def once(name: str, examples: Any, make: Callable[[], Any]) -> Any:
+        path = Path(folder) / f"{name}-{hashlib.sha256(examples.lengths.tobytes()).hexdigest()[:16]}.pt"
+        if path.exists():
+            return torch.load(path, weights_only=False)
+        found = make()
+        torch.save(found, path.with_suffix(f".{os.getpid()}"))
+        path.with_suffix(f".{os.getpid()}").replace(path)
+        return found
+
+    def shared_states(self: Any, module: Any, examples: Any, size: int = 64) -> Any:
+        return once(f"prefix-{self.depth}", examples, lambda: compute(self, module, examples, size))
+
+    def shared_features(module: Any, head: Any, examples: Any, size: int = 64) -> Any:
+        def make() -> Any:
+            found = features(module, head, examples, size)
+            return found and (found._features, found._labels)
+
+        tensors = once("features", examples, make)
+        return tensors and FeatureExamples(*tensors)
+
+    from privfed.models.examples import FeatureExamples
+
+    prefix.FrozenPrefix.compute = shared_states  # type: ignore[method-assign]
+    setup.head_features = shared_features
 
 
-def run_cell(data: str, variant: str, seed: int, source: Path | None) -> dict[str, object]:
-    """Run one cell and return its row."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def run_cell(data: str, variant: str, seed: int, source: Path | None) -> dict[str, Any]:
+    """Run one cell through the same function as ``privfed train`` and return its row."""
+    from privfed.config import load_config
+    from privfed.run import train
+
     with tempfile.TemporaryDirectory() as folder:
+        settings = [*VARIANTS[variant].get(data, VARIANTS[variant].get("*", [])), f"seed={seed}"]
+        if data in FILES:
+            settings += [f"data.path={source}/{FILES[data][0]}", f"data.test_path={source}/{FILES[data][1]}"]
+            settings += [f"ledger.path={folder}/ledger.sqlite"]
         started = time.perf_counter()
-        done = subprocess.run(
-            command(data, variant, seed, folder, source), capture_output=True, text=True, env=environment, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"{data}, {variant}, seed {seed}: {done.stdout[-500:]} {done.stderr[-500:]}")
-        receipt = json.loads(done.stdout)["receipt"]
-        epsilon = receipt["views"]["release"]["epsilon"]
-        row = {"data": data, "variant": variant, "seed": seed, "epsilon": epsilon, **receipt["utility"]}
-        row["seconds"] = round(time.perf_counter() - started, 1)
-        row["config_digest"] = receipt["config_digest"]
-        return row
+        receipt = train(load_config(PRESETS[data], settings), out=Path(folder) / "run").receipt
+        row = {"data": data, "variant": variant, "seed": seed, "epsilon": receipt["views"]["release"]["epsilon"]}
+        row |= {**receipt["utility"], "seconds": round(time.perf_counter() - started, 1)}
+        return row | {"config_digest": receipt["config_digest"]}
 
 
-def rows() -> list[dict[str, object]]:
+def rows() -> list[dict[str, Any]]:
     """Return the finished cells."""
     if not STORE.exists():
         return []
@@ -120,23 +148,29 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", choices=list(PRESETS))
+    parser.add_argument("data", nargs="*", choices=[*PRESETS, []])
     parser.add_argument("--data", dest="source", type=Path, help="folder with the data files")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", help="run only this variant")
-    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.data:
         done = {(r["data"], r["variant"], r["seed"]) for r in rows()}
         todo = [
-            (options.data, variant, seed)
+            (data, variant, seed)
             for seed in range(1, options.seeds + 1)
+            for data in options.data
             for variant in VARIANTS
-            if (options.data, variant, seed) not in done and options.only in (None, variant)
+            if (data, variant, seed) not in done and options.only in (None, variant)
         ]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            for row in pool.map(lambda cell: run_cell(*cell, options.source), todo):
+        with (
+            tempfile.TemporaryDirectory() as shared,
+            ProcessPoolExecutor(
+                options.jobs, mp_context=get_context("spawn"), initializer=share_frozen_work, initargs=(shared,)
+            ) as pool,
+        ):
+            for finished in as_completed([pool.submit(run_cell, *cell, options.source) for cell in todo]):
+                row = finished.result()
                 with STORE.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), file=sys.stderr, flush=True)

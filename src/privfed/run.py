@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import sys
 import time
@@ -251,6 +252,8 @@ class _Run:
         temporary = self.folder.path / "adapter.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         self._bench().tuned.save(temporary)
+        names = json.dumps(list(self.material.dataset.label_names), ensure_ascii=False, indent=1)
+        (temporary / "label_names.json").write_text(names + "\n", encoding="utf-8")
         shutil.rmtree(self.folder.adapter, ignore_errors=True)
         temporary.replace(self.folder.adapter)
         weights = sorted(self.folder.adapter.glob("*.safetensors"))

@@ -31,10 +31,13 @@ def check_before_data(config: RunConfig) -> None:
     """Find what can be found wrong without reading any data.
 
     Raises:
-        ModelError: If a built-in or local model is not there.
+        ModelError: If the model is not there.
         ConfigError: If two tables contradict each other.
     """
-    resolve(config.model)
+    if not resolve(config.model).local:
+        from privfed.models.loading import check_available  # loads transformers, which a local model does not need yet
+
+        check_available(config.model)
     if config.head_warm_start.name != "none" and getattr(config.tuning, "name", "") == "head":
         raise ConfigError('head_warm_start with tuning.name = "head" trains the head twice: leave one of them out.')
 

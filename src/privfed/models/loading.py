@@ -52,6 +52,19 @@ def load_model(config: ModelConfig, *, label_names: tuple[str, ...], seed: int) 
     return LoadedModel(model=model, tokenizer=tokenizer, source=source, num_labels=len(label_names))
 
 
+def check_available(config: ModelConfig) -> None:
+    """Find out, from its configuration file alone, whether a model can be had; long before its weights are needed.
+
+    Raises:
+        ModelError: If it cannot.
+    """
+    from transformers import AutoConfig
+
+    source = resolve(config)
+    with _quiet_transformers(), _explained(config, source):
+        AutoConfig.from_pretrained(source.location, revision=config.revision, trust_remote_code=False)
+
+
 def _load_tokenizer(source: ModelSource, config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 

@@ -34,6 +34,7 @@ class FrozenPrefix:
     """
 
     def __init__(self, blocks: nn.ModuleList, depth: int) -> None:
+        self.depth = depth
         self._last = blocks[depth - 1]
         self._states_BSH: torch.Tensor | None = None
         for block in list(blocks)[: depth - 1]:

@@ -46,7 +46,6 @@ def lora_wrapped(loaded: LoadedModel, seed: int, **options: Any) -> TunedModel:
 
     head = head_name(loaded.model)
     config = LoraConfig(task_type="SEQ_CLS", modules_to_save=[head], lora_dropout=0.0, **options)
-    config.base_model_name_or_path = loaded.source.public_name
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # peft 0.21 asks transformers 5 by a name that it is about to drop
@@ -65,11 +64,13 @@ def lora_wrapped(loaded: LoadedModel, seed: int, **options: Any) -> TunedModel:
 
     def save(folder: Path) -> None:
         for adapter in model.peft_config.values():
+            adapter.base_model_name_or_path = loaded.source.public_name  # not a path of this machine
             if isinstance(adapter.target_modules, set):  # whose order differs from process to process
                 adapter.target_modules = sorted(adapter.target_modules)
         with warnings.catch_warnings():
             # peft asks the hub whether the base's vocabulary grew; ours never does
             warnings.simplefilter("ignore")
             model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # an empty model card with this machine's path in it
 
     return TunedModel(model=model, head=f"base_model.model.{head}", save=save)
