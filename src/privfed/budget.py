@@ -44,7 +44,18 @@ def answer(
         config = config.model_copy(update={"server": server})
         phases = phase_plans(config, sizes)
     plan = make_plan(config.privacy, phases, masked=masked)
-    return _record(config, plan.epsilon, plan.noise_multiplier)
+    worst = plan.events_by_client[plan.worst_client]
+    steps = [
+        {
+            "phase": phase.name,
+            "rounds": phase.rounds,
+            "noise_multiplier": event.noise_multiplier,
+            "sampling_probability": event.sampling_probability,
+            "steps": event.steps,
+        }
+        for phase, event in zip(phases, worst, strict=True)
+    ]
+    return {**_record(config, plan.epsilon, plan.noise_multiplier), "phases": steps}
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
@@ -52,7 +63,11 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     return [
         f"epsilon {found['epsilon']:.4f} at delta {found['delta']:g} per {found['unit']} ({found['accountant']}, "
         f"{found['neighboring_relation']})",
-        f"noise multiplier {found['noise_multiplier']:.4f}, {found['rounds']} rounds",
+        *(
+            f"{phase['phase']}: {phase['rounds']} rounds, noise multiplier {phase['noise_multiplier']:.4f}, at most "
+            f"{phase['steps']} steps at sampling probability {phase['sampling_probability']:.4g}"
+            for phase in found["phases"]
+        ),
         *(
             f"{view}: " + (f"epsilon {entry['epsilon']:.4f}" if entry["epsilon"] is not None else "no guarantee")
             for view, entry in found["views"].items()

@@ -96,6 +96,7 @@ def test_a_run_without_privacy_has_no_budget():
 def test_the_warm_start_is_charged():
     without = ask("privacy.noise_multiplier=1", "privacy.target_epsilon=unset")["epsilon"]
     warm = ["head_warm_start.name=dp_probe", "head_warm_start.rounds=20", "head_warm_start.sampling_probability=0.5"]
+    warm.append("head_warm_start.noise_scale=1")
     found, both = load_budget_config(
         "tiny", [*PLAIN[1:], *warm, "privacy.noise_multiplier=1", "privacy.target_epsilon=unset"]
     )
