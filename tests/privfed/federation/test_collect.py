@@ -128,7 +128,7 @@ def test_plain_sums_of_other_scales_are_refused() -> None:
     codec = _codec("identity", masked=False)
     encoded = _encode(codec, _updates())
     link.send("c0", encoded["c0"], 1.0)
-    with pytest.raises(ProtocolError, match="scale"):
+    with pytest.raises(ProtocolError, match="another way"):
         link.send("c1", replace(encoded["c1"], scale=2.0), 1.0)
 
 
@@ -347,3 +347,12 @@ def test_a_whole_round_shows_the_server_no_update(
     ear.encoded = {str(number): each for number, each in enumerate(sent)}
     assert report.survivors == len(sent) == 4
     assert ear.look(ear.messages, ear.servers, state, report) == (set() if masked else set(ear.encoded))
+
+
+def test_plain_sums_of_floats_and_integers_are_refused() -> None:
+    link = _link("identity", masked=False)
+    floats = _encode(_codec("identity", masked=False), _updates())
+    link.send("c0", floats["c0"], 1.0)
+    integers = replace(floats["c1"], values_M=floats["c1"].values_M.astype(np.uint32))
+    with pytest.raises(ProtocolError, match="another way"):
+        link.send("c1", integers, 1.0)
