@@ -128,6 +128,7 @@ def measure(command: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
@@ -137,14 +138,14 @@ def main() -> None:
         config = Path(folder) / "run.toml"
         config.write_text(CONFIG)
         seconds: dict[str, list[float]] = {"bare loop": [], **{name: [] for name in VARIANTS}}
-        for turn in range(options.runs + 1):
+        for turn in range(1 - options.warmup, options.runs + 1):
             for name, found in seconds.items():
                 out = Path(folder) / "out"
                 shutil.rmtree(out, ignore_errors=True)
                 took = measure(_command(name, config, out))
-                if turn:  # the first turn warms the file cache
+                if turn > 0:  # earlier turns warm the file cache
                     found.append(took)
-                print(f"{'warm-up' if not turn else f'run {turn}'}: {name}: {took:.1f} s", file=sys.stderr, flush=True)
+                print(f"{'warm-up' if turn < 1 else f'run {turn}'}: {name}: {took:.1f} s", file=sys.stderr, flush=True)
     reference = statistics.median(seconds["bare loop"])
     for name, found in seconds.items():
         median = statistics.median(found)
