@@ -174,7 +174,7 @@ def test_identity_in_a_ring_is_off_by_half_a_step_each(data, clients):
 def test_identity_in_a_ring_refuses_what_it_cannot_hold():
     made = codec("identity", RINGS[1], max_value=2.0)
     made.encode(np.array([2.0, -2.0], dtype=np.float32), stream())
-    with pytest.raises(ClientError, match=r"is 2.5, beyond compression.max_value = 2: raise max_value"):
+    with pytest.raises(ClientError, match=r"beyond compression.max_value = 2: raise max_value"):
         made.encode(np.array([0.0, -2.5], dtype=np.float32), stream())
     codec("identity", None, max_value=2.0).encode(np.array([2.5], dtype=np.float32), stream())  # floats have no range
 

@@ -54,18 +54,21 @@ def test_a_given_test_split_stays_and_training_rows_that_repeat_it_go(tmp_path: 
         load_dataset(DataConfig(path=test, test_path=test), seed=1)
 
 
-def test_the_digest_is_of_rows_labels_and_names(tmp_path: Path) -> None:
-    def digest(change: tuple[int, str, str] | None = None) -> str:
-        train = pairs(20, "x")
-        if change is not None:
-            train[change[0]] = change[1:]
-        test = write(tmp_path / "b.jsonl", pairs(10, "y"))
-        path = write(tmp_path / "a.jsonl", train)
-        return load_dataset(DataConfig(path=path, test_path=test), seed=1).digest
+def test_the_digest_is_of_the_texts_and_of_nothing_that_a_run_chooses(tmp_path: Path) -> None:
+    def digest(rows: list[tuple[str, str]], **keys: object) -> str:
+        path = write(tmp_path / "a.jsonl", rows)
+        return load_dataset(DataConfig(path=path, **keys), seed=1).digest
 
+    rows = pairs(40, "x")
+    test = write(tmp_path / "b.jsonl", [*pairs(10, "y"), rows[3]])
     # A known answer: the digest must be the same on every machine and in every release.
-    assert digest() == "fc23d273a286a4deceae0d0e7bcf0fe93110b7ec52bb8445ce9d09248d6e3c50"
-    assert len({digest(), digest((0, "x 0 x!", "a")), digest((0, "x 0 x", "b"))}) == 3
+    known = digest(rows)
+    assert known == "7ca3ed7e43cd00668a37f5e1e930e1c16610e97087c9107e335d812c385d4488"
+    # a budget belongs to the texts: no other order, label, split or limit opens a fresh account for them
+    assert digest(rows[::-1]) == known
+    assert digest([(text, "b" if label == "a" else "a") for text, label in rows]) == known
+    assert digest(rows, test_fraction=0.5) == digest(rows, limit=10) == digest(rows, test_path=test) == known
+    assert digest([("another text", rows[0][1]), *rows[1:]]) != known
 
 
 def test_a_split_is_frozen() -> None:
