@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.numpy import save
 
 from privfed.errors import ResumeError
 from privfed.federation.state import ServerState
+from privfed.files import write_atomic
 
 VERSION = "1"
 
@@ -32,21 +32,6 @@ class Checkpoint:
     state: ServerState
     metrics_bytes: int
     totals: Mapping[str, float] = field(default_factory=dict)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` so that a crash at any moment leaves the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from privfed.errors import ResumeError
-from privfed.federation.checkpoint import write_atomic
+from privfed.files import write_atomic
 
 # what a crash before the configuration was in place can leave: no run yet
 _UNBORN = {"run.json", "run.json.tmp", "config.toml.tmp"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from privfed.report.files import write_atomic
+from privfed.files import write_atomic
 from privfed.report.load import RunView, load_run
 from privfed.report.page import page
 
@@ -28,7 +28,7 @@ def write_report(run_folder: Path) -> Path:
         ConfigError: If this is not a run folder, or one of its files is garbled.
     """
     target = run_folder / "report.html"
-    write_atomic(target, render(load_run(run_folder)))
+    write_atomic(target, render(load_run(run_folder)).encode("utf-8", errors="replace"))
     return target
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from privfed.errors import ConfigError
+from privfed.files import write_atomic
 from privfed.report import statements
-from privfed.report.files import write_atomic
 from privfed.report.tradeoff import FALSE_ALARM, clean_curve, hit_rate_bound
 from privfed.types import VIEWS, PrivacyEvent, Relation, View
 
@@ -257,7 +257,8 @@ def _finite(values: Mapping[Any, float | None]) -> dict[str, float]:
 
 def write_receipt(path: Path, receipt: Mapping[str, Any]) -> None:
     """Write a receipt so that a crash leaves the old file or the new one."""
-    write_atomic(path, json.dumps(receipt, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(receipt, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomic(path, text.encode("utf-8", errors="replace"))  # a lone surrogate becomes a question mark
 
 
 def read_receipt(path: Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from privfed.errors import ResumeError
-from privfed.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_atomic
+from privfed.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from privfed.federation.state import ServerState
+from privfed.files import write_atomic
 
 
 def _checkpoint(number: int = 3) -> Checkpoint:
@@ -74,7 +75,7 @@ def test_a_crash_while_writing_keeps_the_old_one(tmp_path: Path, monkeypatch: py
         if moment == "rename":
             patch.setattr(Path, "replace", crash)
         elif moment == "fsync":
-            patch.setattr("privfed.federation.checkpoint.os.fsync", crash)
+            patch.setattr("privfed.files.os.fsync", crash)
         else:
             patch.setattr("privfed.federation.checkpoint.save", lambda *a, **k: crash())
         with pytest.raises(KeyboardInterrupt):
@@ -93,9 +94,7 @@ def test_the_data_are_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pyt
 
     happened: list[str] = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(
-        "privfed.federation.checkpoint.os.fsync", lambda handle: (happened.append("fsync"), fsync(handle))[1]
-    )
+    monkeypatch.setattr("privfed.files.os.fsync", lambda handle: (happened.append("fsync"), fsync(handle))[1])
     monkeypatch.setattr(Path, "replace", lambda self, target: (happened.append("rename"), replace(self, target))[1])
     write_atomic(tmp_path / "file", b"x")
     assert happened == ["fsync", "rename", "fsync"]

@@ -6,17 +6,17 @@ import os
 from pathlib import Path
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``: a reader sees the old file or the new one, never a part of it.
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``: a reader sees the old file or the new one, never a part of it.
 
     Args:
         path: The file to write or replace; its folder must exist.
-        text: The content. Characters that UTF-8 cannot hold (lone surrogates) become question marks.
+        data: The content.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as handle:
-            handle.write(text.encode("utf-8", errors="replace"))
+            handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
