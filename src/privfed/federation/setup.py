@@ -237,4 +237,5 @@ def _central(config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Code
 
 def set_deterministic() -> None:
     """Keep torch deterministic: a resumed run must equal an unbroken one to the bit."""
-    torch.use_deterministic_algorithms(True)
+    # unlike use_deterministic_algorithms, this does not import torch's compiler (a second of start-up)
+    torch.set_deterministic_debug_mode("error")
