@@ -17,8 +17,9 @@ import tomli_w
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from privfed.compression import CODECS
-from privfed.data import PARTITIONERS
+from privfed.data import PARTITIONERS, form_of, has_labels
 from privfed.data.config import DataConfig
+from privfed.data.sharding import no_classes
 from privfed.errors import ConfigError, UnknownNameError, nearest, unknown_name
 from privfed.models.config import ModelConfig
 from privfed.privacy.config import PrivacyConfig
@@ -92,6 +93,21 @@ class RunConfig(Table):
     secagg: SecAggConfig = SecAggConfig()
     ledger: LedgerConfig = LedgerConfig()
     audit: AuditConfig = AuditConfig()
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        form_of(self.data, self.model.task)
+        if has_labels(self.model.task):
+            return self
+        name = str(getattr(self.partition, "name", ""))
+        if PARTITIONERS.get(name).needs_labels:
+            raise ConfigError(no_classes(name))
+        if self.head_warm_start.name != "none":
+            raise ConfigError(
+                f'head_warm_start.name = "{self.head_warm_start.name}" trains a classification head, and '
+                f'model.task = "{self.model.task}" has none: set head_warm_start.name = "none".'
+            )
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:

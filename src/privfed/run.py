@@ -15,6 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from privfed import __version__
 from privfed.config import RunConfig, differences, parse_config
 from privfed.errors import BudgetExceededError, ConfigError, PrivfedError, ResumeError
@@ -291,13 +294,18 @@ def partition_record(config: RunConfig, material: materials.Material) -> dict[st
             {
                 "client_id": shard.client_id,
                 "size": len(shard),
-                "label_counts": [int((labels[shard.indices] == k).sum()) for k in range(len(names))],
+                "label_counts": _counts(labels, shard.indices, len(names)),
             }
             for shard in material.shards
         ],
         "partitioner": getattr(config.partition, "name", ""),
         "note": "Simulation only: computed from the clients' data without noise. Not part of the release.",
     }
+
+
+def _counts(labels: NDArray[np.int64] | None, rows: NDArray[np.int64], classes: int) -> list[int]:
+    """Return how many of ``rows`` each class has; nothing where records have no class."""
+    return [] if labels is None else [int((labels[rows] == k).sum()) for k in range(classes)]
 
 
 def versions() -> dict[str, str]:

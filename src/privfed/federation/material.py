@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from privfed.config import RunConfig
-from privfed.data import TextDataset, check_shards, load_dataset, partition, single_class_clients
+from privfed.data import Dataset, check_shards, load_dataset, partition, single_class_clients
 from privfed.errors import ConfigError, DataError
 from privfed.federation.phases import phase_plans, phases
 from privfed.models import resolve
@@ -21,7 +21,7 @@ from privfed.types import Shard
 class Material:
     """Data and their division, before any model is loaded."""
 
-    dataset: TextDataset
+    dataset: Dataset
     shards: tuple[Shard, ...]
     partition_digest: str
     notes: tuple[str, ...]
@@ -49,11 +49,12 @@ def gather(config: RunConfig) -> Material:
         DataError: If the data cannot be used as described, or a shard is too small for the batch.
         ConfigError: If the partition cannot be had.
     """
-    dataset = load_dataset(config.data, seed=config.seed)
+    dataset = load_dataset(config.data, seed=config.seed, task=config.model.task)
     shards = partition(dataset.train, config.partition, seed=config.seed)
-    check_shards(shards, dataset.train.labels, min_size=1)
+    check_shards(shards, dataset.train, min_size=1)
     notes = list(dataset.notes)
-    single = single_class_clients(shards, dataset.train.labels)
+    labels = dataset.train.labels
+    single = () if labels is None else single_class_clients(shards, labels)
     if single:
         notes.append(f"{len(single)} clients hold a single class: {', '.join(single[:5])}")
     cohort = config.server.cohort_size

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from privfed.table import Table
+from privfed.types import Task
 
 
 class ModelConfig(Table):
@@ -14,6 +13,8 @@ class ModelConfig(Table):
 
     Attributes:
         name: A built-in name (``privfed ls models``), a local folder or a Hugging Face hub name.
+        task: ``sequence_classification`` (of texts, or of pairs), ``causal_lm`` (plain language modelling, responses
+            to prompts, conversations) or ``image_classification``.
         revision: A hub revision (branch, tag or commit).
         max_length: Longest input in tokens; longer texts are cut.
         dropout: Dropout of the base model while it trains. 0 by default: a tuner's per-example gradient is then
@@ -23,7 +24,7 @@ class ModelConfig(Table):
     """
 
     name: str = "minilm"
-    task: Literal["sequence_classification"] = "sequence_classification"
+    task: Task = "sequence_classification"
     revision: str | None = None
     max_length: int = Field(default=128, ge=4, le=131072)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
