@@ -127,13 +127,16 @@ def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> str:
 
 
 def _one_at_a_time(module: nn.Module, probe: Examples, row: int) -> list[torch.Tensor]:
+    """Return the gradient of one example; by ``backward``, since checkpointed blocks answer nothing else."""
     parameters = [p for _, p in trained(module)]
-    loss = losses(probe, module, probe.batch(np.asarray([row]))).sum()
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for parameter in parameters:
+        parameter.grad = None
+    losses(probe, module, probe.batch(np.asarray([row]))).sum().backward()  # type: ignore[no-untyped-call]
+    found = [parameter.grad for parameter in parameters]
     for (name, _), gradient in zip(trained(module), found, strict=True):
         if gradient is None:
             raise SentinelError(f"The trained tensor {name} has no gradient: training would never move it.")
-    return [g.detach().clone() for g in found]
+    return [g.detach().clone() for g in found if g is not None]
 
 
 def _batched(module: nn.Module, probe: Examples) -> list[torch.Tensor]:
