@@ -203,9 +203,7 @@ class _Run:
         self.results = {}
         vanishing: frozenset[str] = frozenset()
         for name, stage in stages.items():
-            probe = sentinels.probe_examples(
-                stage.train, self._bench().loaded.tokenizer, len(self.material.dataset.label_names)
-            )
+            probe = sentinels.probe_examples(stage.train, len(self.material.dataset.label_names))
             private = self.config.privacy.unit == "example"
             sentence, vanishing = sentinels.check_gradients(stage.module, probe, private=private)
             self.results[f"gradients_{name}"] = f"passed: {sentence}"

@@ -38,6 +38,10 @@ def check_before_data(config: RunConfig) -> None:
         from privfed.models.loading import check_available  # loads transformers, which a local model does not need yet
 
         check_available(config.model)
+    if config.data.messages is not None:
+        from privfed.models.loading import check_conversations
+
+        check_conversations(config.model)
     if config.head_warm_start.name != "none" and getattr(config.tuning, "name", "") == "head":
         raise ConfigError('head_warm_start with tuning.name = "head" trains the head twice: leave one of them out.')
 

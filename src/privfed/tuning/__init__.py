@@ -23,11 +23,12 @@ class TunedModel:
     Attributes:
         model: Callable with ``input_ids`` and ``attention_mask``; returns an object with ``logits``.
         head: Name of the head's module inside ``model``; its parameters may have a learning rate of their own.
+            None for a language model, whose head is the base's own.
         save: Writes the trained parts to a folder that plain peft (or transformers, for ``full``) loads.
     """
 
     model: nn.Module
-    head: str
+    head: str | None
     save: Callable[[Path], None]
 
 

@@ -44,8 +44,9 @@ def lora_wrapped(loaded: LoadedModel, seed: int, **options: Any) -> TunedModel:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    head = head_name(loaded.model)
-    config = LoraConfig(task_type="SEQ_CLS", modules_to_save=[head], lora_dropout=0.0, **options)
+    head = None if loaded.task == "causal_lm" else head_name(loaded.model)
+    kind = {"task_type": "CAUSAL_LM"} if head is None else {"task_type": "SEQ_CLS", "modules_to_save": [head]}
+    config = LoraConfig(**kind, lora_dropout=0.0, **options)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # peft 0.21 asks transformers 5 by a name that it is about to drop
@@ -73,4 +74,4 @@ def lora_wrapped(loaded: LoadedModel, seed: int, **options: Any) -> TunedModel:
             model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # an empty model card with this machine's path in it
 
-    return TunedModel(model=model, head=f"base_model.model.{head}", save=save)
+    return TunedModel(model=model, head=None if head is None else f"base_model.model.{head}", save=save)
