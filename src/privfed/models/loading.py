@@ -58,7 +58,7 @@ def load_model(config: ModelConfig, *, label_names: tuple[str, ...], seed: int) 
     spec = TASKS[config.task]
     device = find_device(config.device)
     tokenizer, processor = None, None
-    with _quiet_transformers(), _explained(config, source):
+    with quiet_transformers(), _explained(config, source):
         if spec.reads == "tokenizer":
             tokenizer = _load_tokenizer(source, config)
         else:
@@ -92,7 +92,7 @@ def check_available(config: ModelConfig) -> None:
     from transformers import AutoConfig
 
     source = resolve(config)
-    with _quiet_transformers(), _explained(config, source):
+    with quiet_transformers(), _explained(config, source):
         AutoConfig.from_pretrained(source.location, revision=config.revision, trust_remote_code=False)
 
 
@@ -105,7 +105,7 @@ def check_conversations(config: ModelConfig) -> None:
     from privfed.models.sequences import check_chat_template
 
     source = resolve(config)
-    with _quiet_transformers(), _explained(config, source):
+    with quiet_transformers(), _explained(config, source):
         tokenizer = _load_tokenizer(source, config)
     check_chat_template(tokenizer)
 
@@ -214,7 +214,7 @@ def _checkpoint(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' load report and bars: a fresh head is what we ask for, not a surprise."""
     from transformers.utils import logging as hf_logging
 
