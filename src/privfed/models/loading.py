@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from privfed.errors import ModelError
 from privfed.models.config import ModelConfig
+from privfed.models.heads import renew_head
 from privfed.models.sources import ModelSource, resolve
 from privfed.models.tasks import TASKS
 from privfed.types import Task
@@ -172,16 +173,22 @@ def _load_weights(source: ModelSource, config: ModelConfig, labels: tuple[str, .
     loader = getattr(transformers, TASKS[config.task].auto_class)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = loader.from_pretrained(
+        model, info = loader.from_pretrained(
             source.location,
             config=settings,
             revision=config.revision,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=torch.float32,
+            ignore_mismatched_sizes=bool(labels),  # the old head of another width; renew_head looks at the rest
+            output_loading_info=True,
             **_quantized(config),
         )
-    return model
+        if labels:
+            mismatched = [key for key, *_ in info["mismatched_keys"]]
+            renew_head(model, missing=info["missing_keys"], mismatched=mismatched, name=config.name)
+    found: nn.Module = model
+    return found
 
 
 def _quantized(config: ModelConfig) -> dict[str, Any]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from privfed.models.recipes import RECIPES, Pretrained, PublicImages, Recipe, Say
-from privfed.models.recipes.small_vit import SmallVitConfig
+from privfed.models.recipes.small_vit import Count, Shift, Size, SmallVitConfig
 
 
 class DigitsVitConfig(SmallVitConfig):
     """A small ViT for 8 x 8 images: 17 tokens. The options are :class:`SmallVitConfig`'s."""
 
-    image_size: int = 8
-    patch_size: int = 2
-    shift: int = 1
-    epochs: int = 60
+    image_size: Size = 8
+    patch_size: Count = 2
+    shift: Shift = 1
+    epochs: Count = 60
 
 
 def train(data: PublicImages, config: DigitsVitConfig, say: Say) -> Pretrained:

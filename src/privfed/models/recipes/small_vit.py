@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from privfed.models.recipes import RECIPES, Pretrained, PublicImages, Recipe, Say
 from privfed.table import Table
+
+# named, so that a recipe with other defaults keeps their bounds
+Size = Annotated[int, Field(ge=4, le=1024)]
+Count = Annotated[int, Field(ge=1)]
+Shift = Annotated[int, Field(ge=0)]
 
 
 class SmallVitConfig(Table):
@@ -30,16 +35,16 @@ class SmallVitConfig(Table):
     """
 
     seed: int = Field(default=0, ge=0)
-    image_size: int = Field(default=28, ge=4, le=1024)
-    patch_size: int = Field(default=4, ge=1)
+    image_size: Size = 28
+    patch_size: Count = 4
     num_channels: int = Field(default=1, ge=1, le=4)
     hidden_size: int = Field(default=64, ge=4)
-    layers: int = Field(default=4, ge=1)
-    heads: int = Field(default=4, ge=1)
-    epochs: int = Field(default=8, ge=1)
+    layers: Count = 4
+    heads: Count = 4
+    epochs: Count = 8
     batch_size: int = Field(default=128, ge=2)
     learning_rate: float = Field(default=2e-3, gt=0.0)
-    shift: int = Field(default=2, ge=0)
+    shift: Shift = 2
     reconstruction: float = Field(default=10.0, ge=0.0)
 
     @model_validator(mode="after")
