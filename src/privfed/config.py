@@ -55,6 +55,19 @@ class LedgerConfig(Table):
     epsilon_cap: float | None = Field(default=None, gt=0)
 
 
+class EvaluateConfig(Table):
+    """What is measured beside the scores, once, when training is over.
+
+    Attributes:
+        generate: For a causal language model: let it continue this many test rows, score what it writes (ROUGE, BLEU)
+            and *show the rows in the report*.
+        max_new_tokens: The most that it writes on each.
+    """
+
+    generate: int = Field(default=0, ge=0, le=1000)
+    max_new_tokens: int = Field(default=64, ge=1)
+
+
 class AuditConfig(Table):
     """Recording for audits; not available yet, so only ``false`` is taken."""
 
@@ -92,11 +105,17 @@ class RunConfig(Table):
     compression: _tagged(CODECS, "identity") = Field(default_factory=lambda: CODECS.get("identity").config())  # type: ignore[valid-type]
     secagg: SecAggConfig = SecAggConfig()
     ledger: LedgerConfig = LedgerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     audit: AuditConfig = AuditConfig()
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:
         form_of(self.data, self.model.task)
+        if self.model.task != "causal_lm" and self.evaluate.generate:
+            raise ConfigError(
+                f'evaluate.generate = {self.evaluate.generate} with model.task = "{self.model.task}", which writes no '
+                "text: set evaluate.generate = 0."
+            )
         if has_labels(self.model.task):
             return self
         name = str(getattr(self.partition, "name", ""))

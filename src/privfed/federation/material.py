@@ -32,12 +32,16 @@ def check_before_data(config: RunConfig) -> None:
 
     Raises:
         ModelError: If the model is not there.
-        ConfigError: If two tables contradict each other.
+        ConfigError: If two tables contradict each other, or a package that is asked for is not there.
     """
     if not resolve(config.model).local:
         from privfed.models.loading import check_available  # loads transformers, which a local model does not need yet
 
         check_available(config.model)
+    if config.evaluate.generate:
+        from privfed.federation.generation import check_generation
+
+        check_generation(config.evaluate.generate)
     if config.data.messages is not None:
         from privfed.models.loading import check_conversations
 
