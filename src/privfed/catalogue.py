@@ -13,6 +13,7 @@ from privfed.data import PARTITIONERS, SOURCES
 from privfed.errors import unknown_name
 from privfed.models import MODELS
 from privfed.registry import Registry
+from privfed.rules import RULES
 from privfed.tuning import TUNINGS
 
 
@@ -67,6 +68,7 @@ def _mechanisms() -> dict[str, str]:
 KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "tunings": lambda: _plugins(TUNINGS),
     "codecs": lambda: _plugins(CODECS),
+    "rules": lambda: _plugins(RULES),
     "mechanisms": _mechanisms,
     "accountants": lambda: {
         "pld": "privacy loss distributions (dp-accounting): tight; the default",
