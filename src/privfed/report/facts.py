@@ -31,6 +31,7 @@ def receipt_facts(
     adapter_digest: str,
     sentinels: Mapping[str, str],
     versions: Mapping[str, str],
+    notes: Sequence[str] = (),
 ) -> ReceiptFacts:
     """Return the facts of a finished run; epsilon comes from the ledger's events, not from the plan.
 
@@ -44,6 +45,7 @@ def receipt_facts(
         adapter_digest: SHA-256 of the adapter's weights.
         sentinels: Results of the self-checks.
         versions: Versions of what ran.
+        notes: What there is to say about the result, beside the data's own notes.
     """
     privacy = config.privacy
     run_id, created = folder_id
@@ -94,7 +96,7 @@ def receipt_facts(
         adapter_digest=adapter_digest,
         beats_probe=None if outcome.probe_accuracy is None else score.value > outcome.probe_accuracy,
         sentinels=sentinels,
-        notes=material.notes,
+        notes=(*material.notes, *notes),
     )
 
 
