@@ -136,14 +136,14 @@ def test_swapped_examples_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_position_table_looked_up_once_for_the_batch_is_not_taken_for_one_example(
     federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the expansion the engine falls back to the whole model, example by example."""
+    """Without the expansion the engine falls back to larger parts of the model."""
     run = federation(tuning={"name": "full"})
     probe = probe_examples(run.bench.train, run.bench.loaded.tokenizer, CLASSES)
     assert "closed form embedding" in check_gradients(run.bench.tuned.model, probe, private=True)[0]
     monkeypatch.setattr(EmbeddingSite, "_expand", lambda *args: None)
-    assert "whole-model vmap" in check_gradients(run.bench.tuned.model, probe, private=True)[0]
-    # what was proved is what a client's engine starts from
-    assert PerExampleModel(run.bench.tuned.model).describe().endswith("whole-model vmap")
+    sentence, _ = check_gradients(run.bench.tuned.model, probe, private=True)
+    assert "unit-vmap" in sentence
+    assert "embedding" not in sentence
 
 
 def test_a_clipped_sum_of_something_else_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

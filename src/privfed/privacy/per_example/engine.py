@@ -134,6 +134,8 @@ class PerExampleModel:
             tolerance: The largest relative error.
         """
         total = float(torch.stack([g.norm() for g in reference]).norm())
+        self.close()
+        self._levels = [planning.NEAREST] * len(self.names)
         while True:
             failing = self._failing(loss, batch, size, reference, tolerance, total)
             if not failing or min(self._levels) == planning.WHOLE_LOOP:
