@@ -22,7 +22,7 @@ from torch import nn
 from privfed.errors import SentinelError
 from privfed.models.examples import Examples, FeatureExamples, TextExamples, losses
 from privfed.privacy.per_example import PerExampleModel, clipped_sum
-from privfed.privacy.per_example.coupling import check_independent
+from privfed.privacy.per_example.coupling import VANISHING, check_independent
 from privfed.rng import experiment_rng
 from privfed.tuning.layout import read_flat, trained, write_flat
 from privfed.types import Float32, ParamLayout
@@ -30,10 +30,6 @@ from privfed.types import Float32, ParamLayout
 TOLERANCE = 1e-4
 # norms without the gradients are rounded upwards where positions cancel
 SUM_TOLERANCE = 1e-3
-# below this share of the whole gradient a tensor's own gradient is zero up to rounding (softmax ignores a shift of
-# the keys, so attention key biases have none): nothing to compare, and nothing that would have to move
-VANISHING = 1e-6
-
 _PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "Return a list.",

@@ -19,6 +19,7 @@ from privfed.errors import ClientError, ModelError
 from privfed.privacy.per_example import planning
 from privfed.privacy.per_example.clipping import Clipped, clip
 from privfed.privacy.per_example.contributions import Contribution, Dense
+from privfed.privacy.per_example.coupling import comparable
 from privfed.privacy.per_example.sites import Detach, Site
 from privfed.privacy.per_example.tap import NO_GRADIENT, Recorder, exact_products
 from privfed.privacy.per_example.units import FOLLOW_ERRORS
@@ -153,7 +154,7 @@ class PerExampleModel:
         return [
             index
             for index, (got, wanted) in enumerate(zip(found, reference, strict=True))
-            if not float((got - wanted).norm()) <= tolerance * max(float(wanted.norm()), 1e-6 * total)
+            if not float((got - wanted).norm()) <= tolerance * comparable(float(wanted.norm()), total)
         ]
 
     def _escalate(self, failing: Sequence[int]) -> None:
