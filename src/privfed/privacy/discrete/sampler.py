@@ -21,13 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.errors import ConfigError
-from privfed.privacy.discrete.laws import EXPANSION_FROM, Law, LawName
+from privfed.privacy.discrete.laws import CUT_TAIL, EXPANSION_FROM, Law, LawName
 from privfed.privacy.discrete.tables import CumulativeTable, Int32, RawStream, build_table
 
 DIRECT_DEVIATION = EXPANSION_FROM**0.5
 BLOCKS_PER_DEVIATION = 64
 ARITHMETIC_DISTANCE = 2.0**-140
 """A bound on the distance due to decimal arithmetic (at least 45 digits, so 2^-149) and to thresholds."""
+LARGEST_DISTANCE = CUT_TAIL + ARITHMETIC_DISTANCE
+"""A bound on every sampler's ``statistical_distance``."""
 CHUNK = 1 << 15
 """Samples worked on at a time, so that the temporaries stay in the cache; part of the stream's format."""
 _MARGIN = 2.0**-30
