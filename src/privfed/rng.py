@@ -14,8 +14,12 @@ import secrets
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
 
 KEY_BYTES = 32
+_BLOCK_BYTES = 128 * 1024
+_ZEROS = memoryview(bytes(_BLOCK_BYTES))
+_SLACK_BYTES = 15  # older releases of the library ask for a buffer one cipher block longer than the data
 
 
 def experiment_seed(seed: int, *names: str | int) -> int:
@@ -68,6 +72,18 @@ class PrivateStream:
     def bytes(self, count: int) -> bytes:
         """Return the next ``count`` bytes of the stream."""
         return self._encryptor.update(bytes(count))
+
+    def raw(self, count: int) -> NDArray[np.uint8]:
+        """Return the next ``count`` bytes of the stream as a fresh array; the bytes are those of ``bytes(count)``.
+
+        Several times as fast as ``bytes``: the cipher writes straight into the array.
+        """
+        words = np.empty(count + _SLACK_BYTES, dtype=np.uint8)
+        target = words.data
+        for start in range(0, count, _BLOCK_BYTES):
+            size = min(_BLOCK_BYTES, count - start)
+            self._encryptor.update_into(_ZEROS[:size], target[start:])
+        return words[:count]
 
     def uniform(self, count: int) -> np.ndarray:
         """Return ``count`` float64 values, uniform on the open interval (0, 1), 52 random bits each."""

@@ -28,6 +28,15 @@ def test_equal_names_give_equal_bytes_however_they_are_read():
     assert stream.bytes(16) != whole[:16]  # a stream moves on
 
 
+def test_raw_bytes_are_the_same_bytes():
+    count = 300_001  # more than two blocks of the cipher
+    whole = PrivateStream(KEY, "raw").bytes(count + 5)
+    stream = PrivateStream(KEY, "raw")
+    parts = [stream.raw(0), stream.raw(3), stream.raw(count - 3)]
+    assert b"".join(part.tobytes() for part in parts) + stream.bytes(5) == whole
+    assert all(part.flags.writeable for part in parts)
+
+
 def test_streams_differ_by_key_and_by_every_name():
     streams = [
         PrivateStream(KEY, "a", 1), PrivateStream(KEY, "a", 2), PrivateStream(KEY, "b", 1), PrivateStream(KEY, "a"),
