@@ -244,11 +244,16 @@ def _overridden(source: str, overrides: Sequence[str]) -> dict[str, Any]:
     raw = _read(source)
     names = [f"{table}.name" for table in TAGGED]
     for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() not in names):
-        _apply(raw, override)
+        apply_override(raw, override)
     return raw
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set in ``raw`` what ``key=value`` says; the value is TOML, or a bare string.
+
+    Raises:
+        ConfigError: If it has no key, or the key runs through a value.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"-s {override}: expected key=value, such as -s tuning.r=16.")

@@ -1,4 +1,4 @@
-"""Data sets of labelled texts, pairs, prompts with responses, conversations; and their partition over clients.
+"""Data sets of labelled texts, pairs, prompts with responses, conversations, images; and their partition over clients.
 
 Sources (built in, files, hub) all end in one :class:`Dataset`; partitioners turn its training split into
 shards. A new built-in source is one file in ``sources/``, a new partitioner one file in ``partitioners/``.

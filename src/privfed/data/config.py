@@ -16,7 +16,9 @@ class DataConfig(Table):
     Attributes:
         name: A built-in data set such as ``"pydoc"``, or one of the Hugging Face hub.
         subset: The configuration of a hub data set that has several, e.g. ``"sst2"`` of ``"nyu-mll/glue"``.
-        path: A csv, tsv, jsonl (each also with ``.gz``) or parquet file.
+        path: A csv, tsv, jsonl (each also with ``.gz``) or parquet file; for image classification a safetensors file
+            with the tensors ``images`` (uint8 [N, H, W] or [N, H, W, C]), ``labels`` [N] and, for natural clients,
+            ``client`` [N].
         test_path: The test rows of ``path``; without it, ``test_fraction`` of the rows is held out.
         text: The column of texts.
         text_pair: The column of second texts, for the classification of pairs (a question and its answer, say).
@@ -27,6 +29,8 @@ class DataConfig(Table):
             written out by the tokenizer's chat template; what the role ``assistant`` says is learned.
         label: The column of labels: strings, or integers, which a column
             ``label_name`` may name. A causal language model has none and does not read it.
+        image: The column of images of a hub data set.
+        classes: Keep only the records of these labels; all of the data's if absent.
         client: The column of natural clients, where there is one.
         test_fraction: The share of rows to hold out where the source has no test split. Which rows depends on
             their content alone, never on the run's seed, so all runs are scored on the same rows.
@@ -46,6 +50,8 @@ class DataConfig(Table):
     response: str | None = Field(default=None, min_length=1)
     messages: str | None = Field(default=None, min_length=1)
     label: str = "label"
+    image: str = "image"
+    classes: list[int | str] | None = Field(default=None, min_length=2)
     client: str | None = None
     test_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
     limit: int | None = Field(default=None, ge=1)

@@ -29,13 +29,7 @@ def read_hub(config: DataConfig, built_in: tuple[str, ...] = (), task: Task = "s
     Raises:
         DataError: If it cannot be had, or has no split called ``train``.
     """
-    splits = _download(config, built_in)
-    called = repr(config.name) + (f" (subset {config.subset!r})" if config.subset is not None else "")
-    if "train" not in splits:
-        raise DataError(
-            f"The hub data set {called} has the splits {', '.join(map(repr, splits))}, expected 'train': "
-            "export the split you mean to a file and set [data] path."
-        )
+    splits, called = download(config, built_in)
     tables = {
         name: _table(f"split {name!r} of {called}", splits[name], config, task)
         for name in ("train", *TEST_SPLITS)
@@ -46,14 +40,34 @@ def read_hub(config: DataConfig, built_in: tuple[str, ...] = (), task: Task = "s
         for name in TEST_SPLITS
         if name in tables and (not has_labels(task) or _any_labels(tables[name], config.label))
     ]
-    licence = getattr(splits["train"].info, "license", "") or "see its page for the licence"
     return RawDataset(
         name=str(config.name),
         train=tables["train"],
         test=tables[tests[0]] if tests else None,
-        source=f"The hub data set {called}; {licence}.",
+        source=source_of(called, splits["train"]),
         notes=(f"tested on the split {tests[0]!r}",) if tests else (),
     )
+
+
+def download(config: DataConfig, built_in: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """Return the splits of the hub data set ``config.name`` and what messages call it.
+
+    Raises:
+        DataError: If it cannot be had, or has no split called ``train``.
+    """
+    splits = _download(config, built_in)
+    called = repr(config.name) + (f" (subset {config.subset!r})" if config.subset is not None else "")
+    if "train" not in splits:
+        raise DataError(
+            f"The hub data set {called} has the splits {', '.join(map(repr, splits))}, expected 'train': "
+            "export the split you mean to a file and set [data] path."
+        )
+    return splits, called
+
+
+def source_of(called: str, train: Any) -> str:
+    """Return the sentence that says where the rows come from, with the licence where the hub tells it."""
+    return f"The hub data set {called}; {getattr(train.info, 'license', '') or 'see its page for the licence'}."
 
 
 def _download(config: DataConfig, built_in: tuple[str, ...]) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal, overload
 
 import numpy as np
@@ -13,18 +11,19 @@ import numpy as np
 from privfed.data.config import DataConfig
 from privfed.data.dataset import Dataset, Split, TextDataset, digest_of
 from privfed.data.duplicates import drop_exact, drop_shared
+from privfed.data.images import RawImages
+from privfed.data.labels import class_names, class_numbers, keep_classes, limited, same_kind
 from privfed.data.records import form_of, has_labels
-from privfed.data.rows import Label, RawDataset, Rows, check_rows, counted, drop_empty
+from privfed.data.rows import Label, RawDataset, Rows, check_rows, drop_empty
 from privfed.data.splits import hold_out
 from privfed.errors import ConfigError, DataError
 from privfed.registry import Registry
-from privfed.rng import experiment_rng
 from privfed.types import Task
 
 TextTask = Literal["sequence_classification", "causal_lm"]
-Source = Callable[[DataConfig], RawDataset]
+Source = Callable[[DataConfig], RawDataset | RawImages]
 SOURCES: Registry[Source] = Registry("data set", "privfed.data.sources")
-"""Built-in data sets by name: functions from the ``[data]`` table to raw tables."""
+"""Built-in data sets by name: functions from the ``[data]`` table to raw tables, or to images."""
 
 BUILT_IN_CLIENT = "client_id"
 """The column of natural clients of a built-in source; it is used without being asked for."""
@@ -33,6 +32,7 @@ BUILT_IN_CLIENT = "client_id"
 READERS: dict[Task, str] = {
     "sequence_classification": "privfed.data.load:load_texts",
     "causal_lm": "privfed.data.load:load_texts",
+    "image_classification": "privfed.data.image_load:load_images",
 }
 """How the data of a task are read, as ``module:function``: from (table, task, seed) to a data set."""
 
@@ -79,11 +79,12 @@ def load_texts(config: DataConfig, task: Task, seed: int) -> TextDataset:
     rows, dropped = drop_exact(rows)
     notes += empty + dropped
     digest = digest_of(rows.texts)  # before anything the configuration chooses: a budget belongs to all of the rows
+    rows = keep_classes(rows, config.classes, raw.train.origin)
     rows, test, changed = _sides(raw, rows, config, task)
     notes += changed
-    classes = {} if rows.labels is None else _classes(rows, test, (raw.test or raw.train).origin)
-    rows, limited = _limit(rows, config.limit, seed)
-    notes += limited
+    classes = {} if rows.labels is None else class_numbers(rows, test, (raw.test or raw.train).origin)
+    rows, few = limited(rows, config.limit, seed)
+    notes += few
     if rows.labels is not None and len(set(rows.labels)) < 2:
         raise DataError(
             f"All {len(rows)} training rows of {raw.train.origin} have the label {rows.labels[0]!r}, "
@@ -93,7 +94,7 @@ def load_texts(config: DataConfig, task: Task, seed: int) -> TextDataset:
         name=raw.name,
         train=_encode(rows, classes),
         test=_encode(test, classes),
-        label_names=_names(classes, rows, test),
+        label_names=class_names(classes, rows, test),
         kind=form_of(config, task),
         digest=digest,
         source=raw.source,
@@ -105,10 +106,10 @@ def _sides(raw: RawDataset, rows: Rows, config: DataConfig, task: Task) -> tuple
     """Return training rows, test rows and notes: the source's own test split, or one that is held out."""
     if raw.test is None:
         return hold_out(rows, config.test_fraction, origin=raw.train.origin)
-    test = check_rows(raw.test, config, task)
+    test = keep_classes(check_rows(raw.test, config, task), config.classes, raw.test.origin, all_held=False)
     if not has_labels(task):  # with classes a test row without text is still to be scored
         test, _ = drop_empty(test, raw.test.origin)
-    rows, test = _same_kind(rows, test)
+    rows, test = same_kind(rows, test)
     rows, notes = drop_shared(rows, test)
     if not rows:
         raise DataError(
@@ -122,7 +123,13 @@ def _read(config: DataConfig, task: Task) -> tuple[RawDataset, DataConfig]:
     """Return the raw data set, and the table with the natural clients that a built-in source brings."""
     if config.path is not None:
         from privfed.data.files import read_files
+        from privfed.data.image_files import is_image_file
 
+        if is_image_file(config.path):
+            raise ConfigError(
+                f'[data] has path = {config.path!r}, a file of images, and model.task is "{task}": '
+                'set model.task = "image_classification" and model.name to a vision model.'
+            )
         return read_files(config, labelled=has_labels(task)), config
     if config.name in SOURCES.names():
         if config.subset is not None:
@@ -131,55 +138,17 @@ def _read(config: DataConfig, task: Task) -> tuple[RawDataset, DataConfig]:
                 "remove subset."
             )
         raw = SOURCES.get(config.name)(config)
+        if isinstance(raw, RawImages):
+            raise ConfigError(
+                f'The built-in data set {config.name!r} holds images and model.task is "{task}": '
+                'set model.task = "image_classification" and model.name to a vision model.'
+            )
         if config.client is None and BUILT_IN_CLIENT in raw.train.columns:
             config = config.model_copy(update={"client": BUILT_IN_CLIENT})
         return raw, config
     from privfed.data.hub import read_hub
 
     return read_hub(config, tuple(SOURCES.names()), task), config
-
-
-def _limit(rows: Rows, limit: int | None, seed: int) -> tuple[Rows, list[str]]:
-    if limit is None or limit >= len(rows):
-        return rows, []
-    chosen = experiment_rng(seed, "data", "limit").permutation(len(rows))[:limit]
-    return rows.take(np.sort(chosen).tolist()), [f"{limit} of {len(rows)} training rows used (limit)"]
-
-
-def _same_kind(train: Rows, test: Rows) -> tuple[Rows, Rows]:
-    """Return both with labels of one kind: a file of strings may hold only such as look like integers."""
-    if train.labels is None or test.labels is None:
-        return train, test
-    if len({type(label) for labels in (train.labels, test.labels) for label in labels}) == 1:
-        return train, test
-    return (
-        replace(train, labels=tuple(map(str, train.labels))),
-        replace(test, labels=tuple(map(str, test.labels))),
-    )
-
-
-def _classes(train: Rows, test: Rows, origin: str) -> dict[Label, int]:
-    """Return the class number of each training label: in numeric order, or in that of the strings."""
-    known = set(train.labels or ())
-    unseen = Counter(label for label in test.labels or () if label not in known)
-    if unseen:
-        label, count = unseen.most_common(1)[0]
-        more = f" (and {len(unseen) - 1} more such labels)" if len(unseen) > 1 else ""
-        raise DataError(
-            f"The test label {label!r} in {counted(count, 'row')} of {origin}{more} is not among "
-            "the training labels, expected only labels that were trained on: "
-            "remove the rows, or add training rows."
-        )
-    return {label: number for number, label in enumerate(sorted(known, key=_order))}
-
-
-def _order(label: Label) -> tuple[int, str]:
-    return (label, "") if isinstance(label, int) else (0, label)
-
-
-def _names(classes: dict[Label, int], train: Rows, test: Rows) -> tuple[str, ...]:
-    names = {**test.label_names, **train.label_names}
-    return tuple(names.get(label, str(label)) if isinstance(label, int) else label for label in classes)
 
 
 def _encode(rows: Rows, classes: dict[Label, int]) -> Split:

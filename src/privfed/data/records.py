@@ -25,9 +25,9 @@ ASSISTANT = "assistant"
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 _KEYS: dict[Task, tuple[str, ...]] = {
-    "sequence_classification": ("text_pair",),
+    "sequence_classification": ("text_pair", "classes"),
     "causal_lm": ("prompt", "response", "messages"),
-    "image_classification": (),
+    "image_classification": ("classes",),
 }
 
 
@@ -37,7 +37,7 @@ def form_of(config: DataConfig, task: Task) -> Form:
     Raises:
         ConfigError: If a column is given that the task does not read.
     """
-    for key in ("text_pair", "prompt", "response", "messages"):
+    for key in ("text_pair", "prompt", "response", "messages", "classes"):
         if getattr(config, key) is not None and key not in _KEYS[task]:
             fitting = next(name for name, keys in _KEYS.items() if key in keys)
             raise ConfigError(

@@ -118,7 +118,7 @@ def trained_head(tuned: TunedModel) -> nn.Module:
 
 
 def _cache_frozen(bench: Workbench, gib: float, progress: Progress) -> None:
-    """Run frozen first blocks once over all texts, where there are any and their output fits.
+    """Run frozen first blocks once over all examples, where there are any and their output fits.
 
     The limit is fixed in the configuration: free memory would let a resumed run choose otherwise, and padding then
     changes the last bits.
@@ -128,7 +128,7 @@ def _cache_frozen(bench: Workbench, gib: float, progress: Progress) -> None:
     needed = 4 * width * int(bench.train.lengths.sum() + bench.test.lengths.sum())
     if prefix is None or needed > gib * 2**30:
         return
-    progress.message(f"Running the frozen blocks once over all texts ({needed / 2**20:.0f} MiB kept)")
+    progress.message(f"Running the frozen blocks once over all examples ({needed / 2**20:.0f} MiB kept)")
     if not attach(bench.tuned.model, prefix, bench.train, bench.test):
         progress.message("The frozen blocks' output cannot be replayed in this model: running it whole")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from privfed.errors import ModelError
 from privfed.models.config import ModelConfig
+from privfed.models.heads import renew_head
 from privfed.models.sources import ModelSource, resolve
 from privfed.models.tasks import TASKS
 from privfed.types import Task
@@ -58,7 +59,7 @@ def load_model(config: ModelConfig, *, label_names: tuple[str, ...], seed: int) 
     spec = TASKS[config.task]
     device = find_device(config.device)
     tokenizer, processor = None, None
-    with _quiet_transformers(), _explained(config, source):
+    with quiet_transformers(), _explained(config, source):
         if spec.reads == "tokenizer":
             tokenizer = _load_tokenizer(source, config)
         else:
@@ -92,7 +93,7 @@ def check_available(config: ModelConfig) -> None:
     from transformers import AutoConfig
 
     source = resolve(config)
-    with _quiet_transformers(), _explained(config, source):
+    with quiet_transformers(), _explained(config, source):
         AutoConfig.from_pretrained(source.location, revision=config.revision, trust_remote_code=False)
 
 
@@ -105,7 +106,7 @@ def check_conversations(config: ModelConfig) -> None:
     from privfed.models.sequences import check_chat_template
 
     source = resolve(config)
-    with _quiet_transformers(), _explained(config, source):
+    with quiet_transformers(), _explained(config, source):
         tokenizer = _load_tokenizer(source, config)
     check_chat_template(tokenizer)
 
@@ -172,16 +173,22 @@ def _load_weights(source: ModelSource, config: ModelConfig, labels: tuple[str, .
     loader = getattr(transformers, TASKS[config.task].auto_class)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = loader.from_pretrained(
+        model, info = loader.from_pretrained(
             source.location,
             config=settings,
             revision=config.revision,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=torch.float32,
+            ignore_mismatched_sizes=bool(labels),  # the old head of another width; renew_head looks at the rest
+            output_loading_info=True,
             **_quantized(config),
         )
-    return model
+        if labels:
+            mismatched = [key for key, *_ in info["mismatched_keys"]]
+            renew_head(model, missing=info["missing_keys"], mismatched=mismatched, name=config.name)
+    found: nn.Module = model
+    return found
 
 
 def _quantized(config: ModelConfig) -> dict[str, Any]:
@@ -214,7 +221,7 @@ def _checkpoint(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' load report and bars: a fresh head is what we ask for, not a surprise."""
     from transformers.utils import logging as hf_logging
 
