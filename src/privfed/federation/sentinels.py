@@ -88,10 +88,12 @@ def check_gradients(module: nn.Module, probe: Examples, *, private: bool) -> tup
 def frozen_digests(module: nn.Module) -> dict[str, str]:
     """Return the SHA-256 of every frozen parameter and buffer, by name."""
     frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
-    return {
-        name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
-        for name, tensor in [*frozen, *module.named_buffers()]
-    }
+    return {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in [*frozen, *module.named_buffers()]}
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    """Return the tensor's bytes, whatever its type and device."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def check_moved(layout: ParamLayout, start_D: Float32, end_D: Float32, vanishing: Collection[str]) -> str:
