@@ -12,6 +12,7 @@ from privfed.config import presets
 from privfed.data import PARTITIONERS, SOURCES
 from privfed.errors import unknown_name
 from privfed.models import MODELS
+from privfed.models.recipes import RECIPES
 from privfed.registry import Registry
 from privfed.tuning import TUNINGS
 
@@ -44,7 +45,8 @@ def _plugins(registry: Registry[Any]) -> dict[str, str]:
 
 def _module_doc(entry: Any) -> str:
     """Return the docstring of the file that registered ``entry``: a plug-in is one file."""
-    function = getattr(entry, "apply", None) or getattr(entry, "build", None) or getattr(entry, "split", None) or entry
+    named = (getattr(entry, name, None) for name in ("apply", "build", "split", "train"))
+    function = next((found for found in named if found), entry)
     return importlib.import_module(inspect.unwrap(function).__module__).__doc__ or ""
 
 
@@ -72,6 +74,7 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
         "pld": "privacy loss distributions (dp-accounting): tight; the default",
         "rdp": "Renyi differential privacy (dp-accounting): faster, 8 to 17 % larger epsilons",
     },
+    "recipes": lambda: _plugins(RECIPES),
     "models": lambda: _plugins(MODELS),
     "data": lambda: _plugins(SOURCES),
     "partitioners": lambda: _plugins(PARTITIONERS),

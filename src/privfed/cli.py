@@ -89,6 +89,24 @@ def train(
 
 
 @main.command()
+@click.argument("recipe")
+@set_option
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the model; -s model.name.")
+@json_option
+def pretrain(recipe: str, settings: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Train a small base model on public data, plainly: nothing of it is charged. `privfed ls recipes` names them."""
+
+    def body() -> dict[str, Any]:
+        from privfed.pretrain import pretrain as run
+
+        found = run(recipe, settings, out=out, say=lambda line: click.echo(line, err=True))
+        _say(as_json, f"Saved to {found['folder']}: use it with -s model.name={found['folder']}")
+        return found
+
+    _run(body, as_json)
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @json_option
 def report(folder: Path, as_json: bool) -> None:

@@ -17,8 +17,9 @@ import tomli_w
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from privfed.compression import CODECS
-from privfed.data import PARTITIONERS
+from privfed.data import PARTITIONERS, form_of, has_labels
 from privfed.data.config import DataConfig
+from privfed.data.sharding import no_classes
 from privfed.errors import ConfigError, UnknownNameError, nearest, unknown_name
 from privfed.models.config import ModelConfig
 from privfed.privacy.config import PrivacyConfig
@@ -52,6 +53,19 @@ class LedgerConfig(Table):
     path: str | None = None
     project: str = "default"
     epsilon_cap: float | None = Field(default=None, gt=0)
+
+
+class EvaluateConfig(Table):
+    """What is measured beside the scores, once, when training is over.
+
+    Attributes:
+        generate: For a causal language model: let it continue this many test rows, score what it writes (ROUGE, BLEU)
+            and *show the rows in the report*.
+        max_new_tokens: The most that it writes on each.
+    """
+
+    generate: int = Field(default=0, ge=0, le=1000)
+    max_new_tokens: int = Field(default=64, ge=1)
 
 
 class AuditConfig(Table):
@@ -91,7 +105,28 @@ class RunConfig(Table):
     compression: _tagged(CODECS, "identity") = Field(default_factory=lambda: CODECS.get("identity").config())  # type: ignore[valid-type]
     secagg: SecAggConfig = SecAggConfig()
     ledger: LedgerConfig = LedgerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     audit: AuditConfig = AuditConfig()
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        form_of(self.data, self.model.task)
+        if self.model.task != "causal_lm" and self.evaluate.generate:
+            raise ConfigError(
+                f'evaluate.generate = {self.evaluate.generate} with model.task = "{self.model.task}", which writes no '
+                "text: set evaluate.generate = 0."
+            )
+        if has_labels(self.model.task):
+            return self
+        name = str(getattr(self.partition, "name", ""))
+        if PARTITIONERS.get(name).needs_labels:
+            raise ConfigError(no_classes(name))
+        if self.head_warm_start.name != "none":
+            raise ConfigError(
+                f'head_warm_start.name = "{self.head_warm_start.name}" trains a classification head, and '
+                f'model.task = "{self.model.task}" has none: set head_warm_start.name = "none".'
+            )
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -209,11 +244,16 @@ def _overridden(source: str, overrides: Sequence[str]) -> dict[str, Any]:
     raw = _read(source)
     names = [f"{table}.name" for table in TAGGED]
     for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() not in names):
-        _apply(raw, override)
+        apply_override(raw, override)
     return raw
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set in ``raw`` what ``key=value`` says; the value is TOML, or a bare string.
+
+    Raises:
+        ConfigError: If it has no key, or the key runs through a value.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"-s {override}: expected key=value, such as -s tuning.r=16.")

@@ -52,12 +52,12 @@ class Lines:
         self.message(f"{PHASES.get(phase, phase)} {number}/{rounds}  {_spent(epsilon)}{self._score}  {elapsed:.0f} s")
         self._score = ""
 
-    def evaluated(self, phase: str, number: int, accuracy: float) -> None:
+    def evaluated(self, phase: str, number: int, metric: str, value: float) -> None:
         """Remember the score for the round's line."""
         if number == 0:
-            self.message(f"{PHASES.get(phase, phase)}: accuracy before the first round {accuracy:.3f}")
+            self.message(f"{PHASES.get(phase, phase)}: {metric} before the first round {value:.3f}")
         else:
-            self._score = f"  accuracy {accuracy:.3f}"
+            self._score = f"  {metric} {value:.3f}"
 
 
 class Bars:
@@ -73,7 +73,7 @@ class Bars:
             console=Console(stderr=True),
         )
         self._tasks: dict[str, TaskID] = {}
-        self._accuracy = ""
+        self._score = ""
 
     def __enter__(self) -> Bars:
         self._bars.start()
@@ -111,12 +111,12 @@ class Bars:
 
     def round_done(self, phase: str, number: int, rounds: int, epsilon: float | None) -> None:
         """Advance the rounds' bar and show the budget."""
-        note = f"{_spent(epsilon)}{self._accuracy}"
+        note = f"{_spent(epsilon)}{self._score}"
         self._bars.update(self._tasks[PHASES.get(phase, phase)], completed=number, note=note)
 
-    def evaluated(self, phase: str, number: int, accuracy: float) -> None:
+    def evaluated(self, phase: str, number: int, metric: str, value: float) -> None:
         """Show the score beside the rounds."""
-        self._accuracy = f"  accuracy {accuracy:.3f}"
+        self._score = f"  {metric} {value:.3f}"
 
     def _reset(self, name: str, total: int) -> None:
         if name in self._tasks:

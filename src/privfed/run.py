@@ -15,6 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from privfed import __version__
 from privfed.config import RunConfig, differences, parse_config
 from privfed.errors import BudgetExceededError, ConfigError, PrivfedError, ResumeError
@@ -25,8 +28,10 @@ from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.client import Holder
 from privfed.federation.engines.in_process import Outcome, run_phases
 from privfed.federation.folder import RunFolder
+from privfed.federation.generation import Generation, generate
 from privfed.federation.phases import TRAIN
 from privfed.federation.progress import Progress, Silent
+from privfed.models.language import LanguageExamples
 from privfed.privacy.ledger import Ledger
 from privfed.privacy.plan import Plan
 from privfed.privacy.spending import spent_so_far
@@ -200,9 +205,7 @@ class _Run:
         self.results = {}
         vanishing: frozenset[str] = frozenset()
         for name, stage in stages.items():
-            probe = sentinels.probe_examples(
-                stage.train, self._bench().loaded.tokenizer, len(self.material.dataset.label_names)
-            )
+            probe = sentinels.probe_examples(stage.train, len(self.material.dataset.label_names))
             private = self.config.privacy.unit == "example"
             sentence, vanishing = sentinels.check_gradients(stage.module, probe, private=private)
             self.results[f"gradients_{name}"] = f"passed: {sentence}"
@@ -252,23 +255,35 @@ class _Run:
         temporary = self.folder.path / "adapter.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         self._bench().tuned.save(temporary)
-        names = json.dumps(list(self.material.dataset.label_names), ensure_ascii=False, indent=1)
-        (temporary / "label_names.json").write_text(names + "\n", encoding="utf-8")
+        if self.material.dataset.label_names:
+            names = json.dumps(list(self.material.dataset.label_names), ensure_ascii=False, indent=1)
+            (temporary / "label_names.json").write_text(names + "\n", encoding="utf-8")
         shutil.rmtree(self.folder.adapter, ignore_errors=True)
         temporary.replace(self.folder.adapter)
         weights = sorted(self.folder.adapter.glob("*.safetensors"))
         return hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
 
     def _finish_record(self, outcome: Outcome, digest: str, seconds: float) -> dict[str, Any]:
+        written = self._generation()
+        scores = {name: value for name, value in outcome.score.record().items() if name != "loss"}
         return {
             "kind": "finish",
             "seconds": round(seconds, 2),
-            "accuracy": outcome.score.accuracy,
-            "macro_f1": outcome.score.macro_f1,
+            **scores,
             "per_class": list(outcome.score.per_class),
+            **({} if written is None else {"generation": dict(written.metrics), "samples": list(written.samples)}),
             "bytes_up": int(outcome.totals.get("bytes_up", 0)),
             "adapter_sha256": digest,
         }
+
+    def _generation(self) -> Generation | None:
+        """Let a language model write on a few test rows, where the configuration asks for it."""
+        evaluate = self.config.evaluate
+        bench = self._bench()
+        if not evaluate.generate or not isinstance(bench.test, LanguageExamples):
+            return None
+        self.watch.message(f"Writing on {min(evaluate.generate, len(bench.test))} test rows")
+        return generate(bench.tuned.model, bench.test, evaluate.generate, evaluate.max_new_tokens)
 
 
 def ledger_path(config: RunConfig, run_folder: Path) -> Path:
@@ -291,13 +306,18 @@ def partition_record(config: RunConfig, material: materials.Material) -> dict[st
             {
                 "client_id": shard.client_id,
                 "size": len(shard),
-                "label_counts": [int((labels[shard.indices] == k).sum()) for k in range(len(names))],
+                "label_counts": _counts(labels, shard.indices, len(names)),
             }
             for shard in material.shards
         ],
         "partitioner": getattr(config.partition, "name", ""),
         "note": "Simulation only: computed from the clients' data without noise. Not part of the release.",
     }
+
+
+def _counts(labels: NDArray[np.int64] | None, rows: NDArray[np.int64], classes: int) -> list[int]:
+    """Return how many of ``rows`` each class has; nothing where records have no class."""
+    return [] if labels is None else [int((labels[rows] == k).sum()) for k in range(classes)]
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+Task = Literal["sequence_classification", "causal_lm", "image_classification"]
 Unit = Literal["example", "client"]
 Relation = Literal["add_or_remove_one", "replace_one"]
 View = Literal["individual", "aggregate", "release"]

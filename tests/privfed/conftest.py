@@ -102,6 +102,51 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a random ViT for grey 8 x 8 images (two layers, hidden 16) and its image processor."""
+    import torch
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        initializer_range=0.2,
+    )
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.4], image_std=[0.3])
+    folder = tmp_path_factory.mktemp("tiny_vit")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a safetensors file of 160 learnable grey images (6 x 7): 2 named classes, 4 named clients."""
+    import json
+
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    draw = np.random.default_rng(0)
+    labels = np.arange(160) % 2
+    images = draw.integers(0, 120, (160, 6, 7))
+    images[labels == 0, :3] += 120  # bright above
+    images[labels == 1, 3:] += 120  # bright below
+    metadata = {"label_names": json.dumps(["above", "below"]), "client_names": json.dumps(list("abcd"))}
+    path = tmp_path_factory.mktemp("images") / "pictures.safetensors"
+    owners = (np.arange(160) // 2 % 4).astype(np.int64)
+    save_file({"images": images.astype(np.uint8), "labels": labels, "client": owners}, path, metadata=metadata)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_model(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     """Return a function from ``bert``, ``roberta``, ``gpt2`` or ``llama`` to the folder of that tiny model."""
     return lambda family: request.getfixturevalue(f"tiny_{family}")

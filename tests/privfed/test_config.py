@@ -240,7 +240,7 @@ def test_tables_are_frozen():
         ("client.batch_size=16", ["batch_size = 16 and sampling_probability = 0.1", "one of them", "unset"]),
         ("client.sampling_probability=1.5", ["sampling_probability = 1.5", "less than or equal to 1"]),
         ("secagg.threshold=0.4", ["secagg.threshold = 0.4", "greater than 0.5"]),
-        ("model.task=causal_lm", ["model.task = 'causal_lm'", "'sequence_classification'"]),
+        ("model.task=translation", ["model.task = 'translation'", "'sequence_classification'"]),
         ("audit.record=true", ["audit.record = True", "False"]),
         ("data.name=unset", ["neither name nor path", "set name = 'pydoc'"]),
         ("seed.x=3", ["-s seed.x=3", "'seed' is a value, not a table"]),

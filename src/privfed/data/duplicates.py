@@ -36,7 +36,7 @@ def drop_exact(rows: Rows) -> tuple[Rows, list[str]]:
     conflicts = 0
     for i, text in enumerate(rows.texts):
         kept = first.setdefault(normalise(text), i)
-        conflicts += rows.labels[kept] != rows.labels[i]
+        conflicts += rows.labels is not None and rows.labels[kept] != rows.labels[i]
     dropped = len(rows) - len(first)
     if not dropped:
         return rows, []

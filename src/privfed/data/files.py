@@ -22,7 +22,7 @@ from privfed.errors import DataError, nearest
 Columns = dict[str, list[object]]
 
 
-def read_files(config: DataConfig) -> RawDataset:
+def read_files(config: DataConfig, *, labelled: bool = True) -> RawDataset:
     """Return the tables of ``config.path`` and, where given, ``config.test_path``.
 
     Raises:
@@ -32,13 +32,13 @@ def read_files(config: DataConfig) -> RawDataset:
     test = None if config.test_path is None else Path(config.test_path)
     return RawDataset(
         name=path.name,
-        train=read_table(path),
-        test=None if test is None else read_table(test),
+        train=read_table(path, labelled=labelled),
+        test=None if test is None else read_table(test, labelled=labelled),
         source=f"The file {path.name}" + (f", tested on {test.name}." if test is not None else "."),
     )
 
 
-def read_table(path: Path) -> RawTable:
+def read_table(path: Path, *, labelled: bool = True) -> RawTable:
     """Return the columns of the file at ``path``.
 
     Raises:
@@ -55,7 +55,8 @@ def read_table(path: Path) -> RawTable:
         return RawTable(origin=str(path), columns=_parquet(path))
     text = _decode(path, _unpack(path) if packed else path.read_bytes())
     if not text.strip():
-        raise DataError(f"The data file {str(path)!r} is empty, expected labelled texts: check how it was made.")
+        expected = "labelled texts" if labelled else "texts"
+        raise DataError(f"The data file {str(path)!r} is empty, expected {expected}: check how it was made.")
     return RawTable(origin=str(path), columns=_TEXT_READERS[suffix](path, text))
 
 

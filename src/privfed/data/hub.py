@@ -9,19 +9,48 @@ from __future__ import annotations
 from typing import Any
 
 from privfed.data.config import DataConfig
+from privfed.data.records import columns_of, form_of, has_labels
 from privfed.data.rows import LABEL_NAME_COLUMN, RawDataset, RawTable
 from privfed.errors import DataError, nearest
+from privfed.types import Task
 
 TEST_SPLITS = ("test", "validation", "dev")
 """Splits to test on, in order of preference; one without labels is passed over."""
 
 
-def read_hub(config: DataConfig, built_in: tuple[str, ...] = ()) -> RawDataset:
+def read_hub(config: DataConfig, built_in: tuple[str, ...] = (), task: Task = "sequence_classification") -> RawDataset:
     """Return the tables of the hub data set ``config.name``.
 
     Args:
         config: The ``[data]`` table.
         built_in: Names to suggest where the data set cannot be had.
+        task: The task of the model, which says what columns are read.
+
+    Raises:
+        DataError: If it cannot be had, or has no split called ``train``.
+    """
+    splits, called = download(config, built_in)
+    tables = {
+        name: _table(f"split {name!r} of {called}", splits[name], config, task)
+        for name in ("train", *TEST_SPLITS)
+        if name in splits
+    }
+    tests = [
+        name
+        for name in TEST_SPLITS
+        if name in tables and (not has_labels(task) or _any_labels(tables[name], config.label))
+    ]
+    return RawDataset(
+        name=str(config.name),
+        train=tables["train"],
+        test=tables[tests[0]] if tests else None,
+        source=source_of(called, splits["train"]),
+        notes=(f"tested on the split {tests[0]!r}",) if tests else (),
+    )
+
+
+def download(config: DataConfig, built_in: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """Return the splits of the hub data set ``config.name`` and what messages call it.
 
     Raises:
         DataError: If it cannot be had, or has no split called ``train``.
@@ -33,20 +62,12 @@ def read_hub(config: DataConfig, built_in: tuple[str, ...] = ()) -> RawDataset:
             f"The hub data set {called} has the splits {', '.join(map(repr, splits))}, expected 'train': "
             "export the split you mean to a file and set [data] path."
         )
-    tables = {
-        name: _table(f"split {name!r} of {called}", splits[name], config)
-        for name in ("train", *TEST_SPLITS)
-        if name in splits
-    }
-    tests = [name for name in TEST_SPLITS if name in tables and _has_labels(tables[name], config.label)]
-    licence = getattr(splits["train"].info, "license", "") or "see its page for the licence"
-    return RawDataset(
-        name=str(config.name),
-        train=tables["train"],
-        test=tables[tests[0]] if tests else None,
-        source=f"The hub data set {called}; {licence}.",
-        notes=(f"tested on the split {tests[0]!r}",) if tests else (),
-    )
+    return splits, called
+
+
+def source_of(called: str, train: Any) -> str:
+    """Return the sentence that says where the rows come from, with the licence where the hub tells it."""
+    return f"The hub data set {called}; {getattr(train.info, 'license', '') or 'see its page for the licence'}."
 
 
 def _download(config: DataConfig, built_in: tuple[str, ...]) -> dict[str, Any]:
@@ -65,14 +86,14 @@ def _download(config: DataConfig, built_in: tuple[str, ...]) -> dict[str, Any]:
         ) from error
 
 
-def _table(origin: str, split: Any, config: DataConfig) -> RawTable:
+def _table(origin: str, split: Any, config: DataConfig, task: Task) -> RawTable:
     # Only the columns asked for are read (others may be images); the rest is named, for the error messages.
-    wanted = {config.text, config.label, config.client, LABEL_NAME_COLUMN}
+    wanted = set(columns_of(config, form_of(config, task), labelled=has_labels(task)).values()) | {LABEL_NAME_COLUMN}
     columns = {name: list(split[name]) if name in wanted else [] for name in split.column_names}
     names = getattr(split.features.get(config.label), "names", None) or ()
     return RawTable(origin=origin, columns=columns, label_names=dict(enumerate(names)))
 
 
-def _has_labels(table: RawTable, label: str) -> bool:
+def _any_labels(table: RawTable, label: str) -> bool:
     """Whether any row is labelled; the hub writes -1 into test splits whose labels are withheld."""
     return any(value not in (-1, None) for value in table.columns.get(label, ()))

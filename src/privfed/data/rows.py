@@ -9,9 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from privfed.data.config import DataConfig
+from privfed.data.records import ASSISTANT, ROLES, Conversation, columns_of, form_of, has_labels, joined
 from privfed.errors import DataError, nearest
+from privfed.types import Task
 
 LABEL_NAME_COLUMN = "label_name"
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")
@@ -50,12 +53,16 @@ class RawDataset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Checked rows: all labels are integers or all are strings."""
+    """Checked rows: all labels are integers, or all are strings, or there are none.
+
+    ``parts`` holds the parts of records that have several, by their ``[data]`` key; ``texts`` is then those joined.
+    """
 
     texts: tuple[str, ...] = field(repr=False)
-    labels: tuple[Label, ...] = field(repr=False)
+    labels: tuple[Label, ...] | None = field(repr=False)
     clients: tuple[str, ...] | None = field(repr=False)
     label_names: Mapping[int, str] = field(default_factory=dict, repr=False)
+    parts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -64,23 +71,37 @@ class Rows:
         """Return the rows at ``indices``, in that order."""
         return Rows(
             texts=tuple(self.texts[i] for i in indices),
-            labels=tuple(self.labels[i] for i in indices),
+            labels=None if self.labels is None else tuple(self.labels[i] for i in indices),
             clients=None if self.clients is None else tuple(self.clients[i] for i in indices),
             label_names=self.label_names,
+            parts={key: tuple(column[i] for i in indices) for key, column in self.parts.items()},
         )
 
 
 def drop_empty(rows: Rows, origin: str) -> tuple[Rows, list[str]]:
-    """Return the rows of ``rows`` that have text, and notes.
+    """Return the rows of ``rows`` that have text (what is learned, where that is a part), and notes.
 
     Raises:
         DataError: If none has.
     """
-    kept = [i for i, text in enumerate(rows.texts) if text.strip()]
+    key, said = _learned(rows)
+    kept = [i for i, text in enumerate(said) if text.strip()]
     if not kept:
-        raise DataError(f"All {len(rows)} texts of {origin} are empty, expected words: check [data] text.")
+        raise DataError(f"All {len(rows)} {key}s of {origin} are empty, expected words: check [data] {key}.")
     dropped = len(rows) - len(kept)
-    return (rows.take(kept), [f"{counted(dropped, 'row')} without text dropped"]) if dropped else (rows, [])
+    return (rows.take(kept), [f"{counted(dropped, 'row')} without {key} dropped"]) if dropped else (rows, [])
+
+
+def _learned(rows: Rows) -> tuple[str, Sequence[str]]:
+    """Return the name and the text of that part of each row without which the row teaches nothing."""
+    if "response" in rows.parts:
+        return "response", rows.parts["response"]
+    if "messages" in rows.parts:
+        said = [" ".join(content for role, content in turns if role == ASSISTANT) for turns in rows.parts["messages"]]
+        return "message", said
+    if "text" in rows.parts:
+        return "text", [" ".join(pair) for pair in zip(*rows.parts.values(), strict=True)]
+    return "text", rows.texts
 
 
 def counted(count: int, noun: str) -> str:
@@ -88,18 +109,31 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def check_rows(table: RawTable, config: DataConfig) -> Rows:
+def check_rows(table: RawTable, config: DataConfig, task: Task = "sequence_classification") -> Rows:
     """Return the rows of ``table`` under the column names of ``config``.
 
     Raises:
         DataError: If there are no rows, a column is missing, or a value is null or of the wrong type.
     """
+    labelled = has_labels(task)
     if len(table) == 0:
-        raise DataError(f"{table.origin} has no rows, expected labelled texts: check the file or the name.")
-    texts = _texts(table, config.text)
-    labels = _labels(table, config.label)
-    clients = None if config.client is None else _clients(table, config.client)
-    return Rows(texts=texts, labels=labels, clients=clients, label_names=_label_names(table, labels))
+        expected = "labelled texts" if labelled else "texts"
+        raise DataError(f"{table.origin} has no rows, expected {expected}: check the file or the name.")
+    form = form_of(config, task)
+    parts: dict[str, tuple[Any, ...]] = {}
+    if form == "messages":
+        parts["messages"] = _conversations(table, str(config.messages))
+    elif form != "text":
+        keys = [key for key in columns_of(config, form, labelled=False) if key != "client"]
+        parts = {key: _texts(table, str(getattr(config, key)), key) for key in keys}
+    labels = _labels(table, config.label) if labelled else None
+    return Rows(
+        texts=joined(parts) if parts else _texts(table, config.text, "text"),
+        labels=labels,
+        clients=None if config.client is None else _clients(table, config.client),
+        label_names={} if labels is None else _label_names(table, labels),
+        parts=parts,
+    )
 
 
 def _column(table: RawTable, name: str, key: str) -> Sequence[object]:
@@ -128,13 +162,31 @@ def _bad_value(table: RawTable, row: int, key: str, value: object, expected: str
     )
 
 
-def _texts(table: RawTable, name: str) -> tuple[str, ...]:
+def _texts(table: RawTable, name: str, key: str) -> tuple[str, ...]:
     texts: list[str] = []
-    for row, value in enumerate(_column(table, name, "text")):
+    for row, value in enumerate(_column(table, name, key)):
         if not isinstance(value, str):
-            raise _bad_value(table, row, "text", value, "a string")
+            raise _bad_value(table, row, key, value, "a string")
         texts.append(value)
     return tuple(texts)
+
+
+def _conversations(table: RawTable, name: str) -> tuple[Conversation, ...]:
+    expected = f"a list of objects with a role ({', '.join(ROLES)}) and a content that is a string"
+    found: list[Conversation] = []
+    for row, value in enumerate(_column(table, name, "messages")):
+        turns = [_turn(turn) for turn in value] if isinstance(value, list) else []
+        if not turns or None in turns:
+            raise _bad_value(table, row, "messages", value, expected)
+        found.append(tuple(turn for turn in turns if turn is not None))
+    return tuple(found)
+
+
+def _turn(value: object) -> tuple[str, str] | None:
+    if not isinstance(value, Mapping):
+        return None
+    role, content = value.get("role"), value.get("content")
+    return (role, content) if isinstance(role, str) and role in ROLES and isinstance(content, str) else None
 
 
 def _labels(table: RawTable, name: str) -> tuple[Label, ...]:

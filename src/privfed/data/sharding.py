@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.data.dataset import Split
+from privfed.data.dataset import AnySplit
 from privfed.errors import ConfigError, DataError
 from privfed.registry import Registry
 from privfed.rng import experiment_rng
@@ -28,11 +28,13 @@ class Partitioner:
         config: The ``[partition]`` table of this partitioner; its ``name`` is the registered one.
         split: The function from labels, natural clients (or None), that table and a random stream to the row
             numbers of each client id. No row may be in two shards; a function of its arguments alone.
+        needs_labels: Whether it divides by class; of records without classes the labels are all 0 otherwise.
     """
 
     config: type[Table]
     # Any: each partitioner takes its own table, and a field of a function type is contravariant in it.
     split: Callable[[Labels, Sequence[str] | None, Any, np.random.Generator], Parts]
+    needs_labels: bool = False
 
     def __call__(self, labels: Labels, clients: Sequence[str] | None, spec: Table, rng: np.random.Generator) -> Parts:
         """Return the row numbers of each client id."""
@@ -43,7 +45,7 @@ PARTITIONERS: Registry[Partitioner] = Registry("partitioner", "privfed.data.part
 """Partitioners by the ``name`` of their table."""
 
 
-def partition(dataset_train: Split, spec: Table, *, seed: int) -> tuple[Shard, ...]:
+def partition(dataset_train: AnySplit, spec: Table, *, seed: int) -> tuple[Shard, ...]:
     """Return the shards of the training split: sorted by client id, row numbers ascending.
 
     Args:
@@ -57,14 +59,27 @@ def partition(dataset_train: Split, spec: Table, *, seed: int) -> tuple[Shard, .
     """
     name = getattr(spec, "name", None)
     partitioner = PARTITIONERS.get(str(name))
-    parts = partitioner(dataset_train.labels, dataset_train.clients, spec, experiment_rng(seed, "partition"))
+    labels = dataset_train.labels
+    if labels is None:
+        if partitioner.needs_labels:
+            raise ConfigError(no_classes(str(name)))
+        labels = np.zeros(len(dataset_train), dtype=np.int64)
+    parts = partitioner(labels, dataset_train.clients, spec, experiment_rng(seed, "partition"))
     return tuple(
         Shard(client_id=client, indices=np.sort(np.asarray(parts[client], dtype=np.int64))) for client in sorted(parts)
     )
 
 
-def check_shards(shards: Sequence[Shard], labels: Labels, *, min_size: int = 1) -> None:
-    """Check that every client has at least ``min_size`` rows, none of them shared.
+def no_classes(name: str) -> str:
+    """Return the sentence that refuses a partitioner by class where records have none."""
+    return (
+        f'[partition] has name = "{name}", which divides by class, but the records of a causal language model have '
+        'none: use "iid", "quantity", or "by_column" with [data] client.'
+    )
+
+
+def check_shards(shards: Sequence[Shard], records: Sized, *, min_size: int = 1) -> None:
+    """Check that every client has at least ``min_size`` of ``records``, none of them shared.
 
     Raises:
         DataError: If not; the message names the client.
@@ -80,9 +95,9 @@ def check_shards(shards: Sequence[Shard], labels: Labels, *, min_size: int = 1) 
                 "give fewer clients or more rows."
             )
         for row in shard.indices.tolist():
-            if not 0 <= row < len(labels):
+            if not 0 <= row < len(records):
                 raise DataError(
-                    f"Client {shard.client_id!r} has row {row}, expected rows below {len(labels)}: "
+                    f"Client {shard.client_id!r} has row {row}, expected rows below {len(records)}: "
                     "partition this data set again."
                 )
             owner = owners.setdefault(row, shard.client_id)

@@ -23,12 +23,13 @@ def hold_out(rows: Rows, fraction: float, *, origin: str) -> tuple[Rows, Rows, l
     texts = [normalise(text) for text in rows.texts]
     groups = near_groups(texts)
     to_test = [_position(min(texts[i] for i in group)) < fraction for group in groups]
-    trained = {rows.labels[i] for group, test in zip(groups, to_test, strict=True) if not test for i in group}
+    labels = rows.labels or (0,) * len(rows)  # records without classes are all of one
+    trained = {labels[i] for group, test in zip(groups, to_test, strict=True) if not test for i in group}
     train: list[int] = []
     test_rows: list[int] = []
     moved = 0
     for group, test in zip(groups, to_test, strict=True):
-        test = test and all(rows.labels[i] in trained for i in group)
+        test = test and all(labels[i] in trained for i in group)
         (test_rows if test else train).extend(group)
         moved += sum((_position(texts[i]) < fraction) != test for i in group) if len(group) > 1 else 0
     if not train or not test_rows:

@@ -1,11 +1,12 @@
-"""Scoring on the held-out split: accuracy, macro-F1, loss, and the majority class to compare with.
+"""Scoring on the held-out split, by task, with something to compare with.
 
-Shape suffixes: N examples, K classes.
+Shape suffixes: B examples of a microbatch, N examples, K classes, T learned tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,50 +14,75 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.functional import cross_entropy
 
-from privfed.models.examples import Examples, microbatches
+from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, class_losses, microbatches
+from privfed.models.language import LanguageExamples, token_losses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A model's quality on the test split."""
+    """A model's quality on the test split.
 
-    accuracy: float
-    macro_f1: float
-    loss: float
+    Attributes:
+        primary: The metric that runs are compared by: ``accuracy``, or ``perplexity`` (lower is better).
+        metrics: Every metric by name. Of classes: accuracy, macro_f1, matthews, loss, and majority, the accuracy of
+            always the commonest class. Of tokens: perplexity, loss (mean over all learned tokens), token_accuracy
+            (how often the likeliest token is the right one) and tokens, their number.
+        n: Number of examples.
+        per_class: Precision, recall and F1 of each class.
+    """
+
+    primary: str
+    metrics: Mapping[str, float]
     n: int
-    majority: float
-    per_class: tuple[dict[str, Any], ...]
+    per_class: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def value(self) -> float:
+        """The primary metric."""
+        return self.metrics[self.primary]
+
+    def record(self) -> dict[str, Any]:
+        """Return the score as JSON values; what is not finite is None."""
+        finite = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
+        return {"metric": self.primary, **finite, "n": self.n}
 
 
 def evaluate(module: nn.Module, examples: Examples, label_names: Sequence[str], *, size: int = 64) -> Score:
     """Score ``module`` on all of ``examples``.
 
     Args:
-        module: Classifier.
+        module: Classifier or language model.
         examples: The test split.
-        label_names: Names of the K classes.
+        label_names: Names of the K classes; not read for a language model.
         size: Examples at once.
     """
-    predicted_N = np.empty(len(examples), dtype=np.int64)
-    truth_N = np.empty(len(examples), dtype=np.int64)
-    loss = 0.0
     module.eval()
     with torch.no_grad():
-        for rows in microbatches(examples, np.arange(len(examples)), size):
-            batch = examples.batch(rows)
-            logits = examples.logits(module, batch)
-            loss += float(cross_entropy(logits, batch.labels_B, reduction="sum"))
-            predicted_N[rows] = logits.argmax(dim=1).numpy()
-            truth_N[rows] = batch.labels_B.numpy()
-    return _score(predicted_N, truth_N, label_names, loss / max(1, len(examples)))
+        if isinstance(examples, LanguageExamples):
+            return _tokens(module, examples, size)
+        if isinstance(examples, LabelledExamples | FeatureExamples):
+            return _classes(module, examples, label_names, size)
+    raise TypeError(f"There is no score for {type(examples).__name__}.")
 
 
-def _score(
+def _classes(
+    module: nn.Module, examples: LabelledExamples | FeatureExamples, label_names: Sequence[str], size: int
+) -> Score:
+    predicted_N = np.empty(len(examples), dtype=np.int64)
+    loss = 0.0
+    for rows in microbatches(examples, np.arange(len(examples)), size):
+        batch = examples.batch(rows)
+        logits_BK = examples.logits(module, batch)
+        loss += float(class_losses(logits_BK, batch).sum())
+        predicted_N[rows] = logits_BK.argmax(dim=1).cpu().numpy()
+    return _class_score(predicted_N, examples.labels.numpy(), label_names, loss / max(1, len(examples)))
+
+
+def _class_score(
     predicted_N: NDArray[np.int64], truth_N: NDArray[np.int64], label_names: Sequence[str], loss: float
 ) -> Score:
-    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+    from sklearn.metrics import accuracy_score, matthews_corrcoef, precision_recall_fscore_support
 
     classes = np.arange(len(label_names))
     precision, recall, f1, support = precision_recall_fscore_support(
@@ -73,11 +99,31 @@ def _score(
         for k, label in enumerate(label_names)
     )
     present = support > 0
-    return Score(
-        accuracy=float(accuracy_score(truth_N, predicted_N)),
-        macro_f1=float(f1[present].mean()),
-        loss=loss,
-        n=len(truth_N),
-        majority=float(support.max() / max(1, len(truth_N))),
-        per_class=per_class,
-    )
+    metrics = {
+        "accuracy": float(accuracy_score(truth_N, predicted_N)),
+        "macro_f1": float(f1[present].mean()),
+        "matthews": float(matthews_corrcoef(truth_N, predicted_N)),
+        "loss": loss,
+        "majority": float(support.max() / max(1, len(truth_N))),
+    }
+    return Score(primary="accuracy", metrics=metrics, n=len(truth_N), per_class=per_class)
+
+
+def _tokens(module: nn.Module, examples: LanguageExamples, size: int) -> Score:
+    loss, right, tokens = 0.0, 0, 0
+    for rows in microbatches(examples, np.arange(len(examples)), size):
+        batch = examples.batch(rows)
+        logits_BTV = examples.logits(module, batch)
+        losses_BT, learned_BT = token_losses(logits_BTV, batch)
+        loss += float(losses_BT.double().sum())
+        tokens += int(learned_BT.sum())
+        if batch.targets_BT is not None:
+            right += int((logits_BTV.argmax(dim=2) == batch.targets_BT.to(logits_BTV.device)).sum())
+    mean = loss / max(1, tokens)
+    metrics = {
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "loss": mean,
+        "token_accuracy": right / max(1, tokens),
+        "tokens": float(tokens),
+    }
+    return Score(primary="perplexity", metrics=metrics, n=len(examples))

@@ -43,7 +43,7 @@ class LocalTrainer:
 
     Args:
         module: The model (or the head alone); its trained parameters are what moves.
-        head_prefix: Names starting with this get ``head_learning_rate``.
+        head_prefix: Names starting with this get ``head_learning_rate``; None where the model has no head.
         examples: All examples; a shard picks its rows.
         config: The ``[client]`` table.
         dp: Clip and noise of DP-SGD, or None for plain steps.
@@ -52,7 +52,7 @@ class LocalTrainer:
     def __init__(
         self,
         module: nn.Module,
-        head_prefix: str,
+        head_prefix: str | None,
         examples: Examples,
         config: ClientConfig,
         dp: ExampleDp | None,
@@ -107,8 +107,9 @@ class LocalTrainer:
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         named = trained(self.module)
-        head = [p for name, p in named if name.startswith(self._head_prefix)]
-        rest = [p for name, p in named if not name.startswith(self._head_prefix)]
+        prefix = self._head_prefix
+        head = [p for name, p in named if prefix is not None and name.startswith(prefix)]
+        rest = [p for name, p in named if prefix is None or not name.startswith(prefix)]
         groups = [
             {"params": rest, "lr": config.learning_rate},
             {"params": head, "lr": config.head_learning_rate or config.learning_rate},

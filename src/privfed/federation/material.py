@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from privfed.config import RunConfig
-from privfed.data import TextDataset, check_shards, load_dataset, partition, single_class_clients
+from privfed.data import Dataset, check_shards, load_dataset, partition, single_class_clients
 from privfed.errors import ConfigError, DataError
 from privfed.federation.phases import phase_plans, phases
 from privfed.models import resolve
@@ -22,7 +22,7 @@ from privfed.types import Shard
 class Material:
     """Data and their division, before any model is loaded."""
 
-    dataset: TextDataset
+    dataset: Dataset
     shards: tuple[Shard, ...]
     partition_digest: str
     notes: tuple[str, ...]
@@ -33,13 +33,22 @@ def check_before_data(config: RunConfig) -> None:
 
     Raises:
         ModelError: If the model is not there.
-        ConfigError: If two tables contradict each other, or the tuning's options cannot hold.
+        ConfigError: If two tables contradict each other, the tuning's options cannot hold, or a package that is
+            asked for is not there.
     """
     check_tuning(config.tuning, config.model.task)
     if not resolve(config.model).local:
         from privfed.models.loading import check_available  # loads transformers, which a local model does not need yet
 
         check_available(config.model)
+    if config.evaluate.generate:
+        from privfed.federation.generation import check_generation
+
+        check_generation(config.evaluate.generate)
+    if config.data.messages is not None:
+        from privfed.models.loading import check_conversations
+
+        check_conversations(config.model)
     if config.head_warm_start.name != "none" and getattr(config.tuning, "name", "") == "head":
         raise ConfigError('head_warm_start with tuning.name = "head" trains the head twice: leave one of them out.')
 
@@ -51,11 +60,12 @@ def gather(config: RunConfig) -> Material:
         DataError: If the data cannot be used as described, or a shard is too small for the batch.
         ConfigError: If the partition cannot be had.
     """
-    dataset = load_dataset(config.data, seed=config.seed)
+    dataset = load_dataset(config.data, seed=config.seed, task=config.model.task)
     shards = partition(dataset.train, config.partition, seed=config.seed)
-    check_shards(shards, dataset.train.labels, min_size=1)
+    check_shards(shards, dataset.train, min_size=1)
     notes = list(dataset.notes)
-    single = single_class_clients(shards, dataset.train.labels)
+    labels = dataset.train.labels
+    single = () if labels is None else single_class_clients(shards, labels)
     if single:
         notes.append(f"{len(single)} clients hold a single class: {', '.join(single[:5])}")
     cohort = config.server.cohort_size

@@ -26,7 +26,7 @@ class Progress(Protocol):
     def round_done(self, phase: str, number: int, rounds: int, epsilon: float | None) -> None:
         """A round is complete; ``epsilon`` is what is spent so far, or None without a guarantee."""
 
-    def evaluated(self, phase: str, number: int, accuracy: float) -> None:
+    def evaluated(self, phase: str, number: int, metric: str, value: float) -> None:
         """The model was scored on the test split."""
 
 
@@ -51,5 +51,5 @@ class Silent:
     def round_done(self, phase: str, number: int, rounds: int, epsilon: float | None) -> None:
         """Ignore."""
 
-    def evaluated(self, phase: str, number: int, accuracy: float) -> None:
+    def evaluated(self, phase: str, number: int, metric: str, value: float) -> None:
         """Ignore."""

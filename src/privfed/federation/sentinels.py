@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from privfed.errors import SentinelError
-from privfed.models.examples import Examples, FeatureExamples, TextExamples, losses
+from privfed.models.examples import Examples, losses
 from privfed.privacy.per_example import PerExampleModel
 from privfed.rng import experiment_rng
 from privfed.tuning.layout import read_flat, trained, write_flat
@@ -28,26 +28,15 @@ TOLERANCE = 1e-4
 # the keys, so attention key biases have none): nothing to compare, and nothing that would have to move
 VANISHING = 1e-6
 
-_PROBES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "Return a list.",
-    "If the file does not exist, an error is raised that names it, and nothing is written to disk at all.",
-)
 
-
-def probe_examples(like: Examples, tokenizer: object, classes: int) -> Examples:
+def probe_examples(like: Examples, classes: int) -> Examples:
     """Return three made-up examples of the kind of ``like``; no client's data is touched.
 
     Args:
-        like: Texts or features.
-        tokenizer: For texts.
-        classes: Number of classes.
+        like: Examples of the kind that is wanted.
+        classes: Number of classes; 0 where there are none.
     """
-    labels = np.arange(len(_PROBES), dtype=np.int64) % classes
-    if isinstance(like, TextExamples):
-        return TextExamples(_PROBES, labels, tokenizer, 64)
-    features = experiment_rng(0, "probe").standard_normal((len(_PROBES), like.width)).astype(np.float32)
-    return FeatureExamples(torch.from_numpy(features), torch.from_numpy(labels))
+    return like.probe(max(1, classes))
 
 
 def check_gradients(module: nn.Module, probe: Examples, *, private: bool) -> tuple[str, frozenset[str]]:

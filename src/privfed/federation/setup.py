@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from privfed.compression import CODECS, Codec, Ring
 from privfed.config import RunConfig
+from privfed.data import AnySplit
 from privfed.errors import ConfigError, ModelError
 from privfed.federation.client import Client, Holder
 from privfed.federation.local import ExampleDp, LocalTrainer
 from privfed.federation.material import Material, plans
 from privfed.federation.phases import TRAIN, phases
 from privfed.federation.round import RING_BITS, CentralNoise, Phase
-from privfed.models.examples import Examples, TextExamples, head_features
+from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples, head_features
 from privfed.models.loading import LoadedModel, load_model
 from privfed.models.prefix import attach, find_prefix
+from privfed.models.tasks import build_examples
 from privfed.privacy.plan import PhasePlan, Plan
 from privfed.rng import experiment_seed
 from privfed.schedule import ServerConfig
@@ -36,8 +39,8 @@ class Workbench:
 
     loaded: LoadedModel
     tuned: TunedModel
-    train: TextExamples
-    test: TextExamples
+    train: ModelExamples
+    test: ModelExamples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +55,7 @@ class Stage:
 
 
 def build(config: RunConfig, material: Material, progress: Progress) -> Workbench:
-    """Load the model, apply the tuning, tokenise the texts.
+    """Load the model, apply the tuning, make the examples.
 
     Raises:
         ModelError: If the model or the tuning does not fit.
@@ -62,8 +65,8 @@ def build(config: RunConfig, material: Material, progress: Progress) -> Workbenc
     tuning = TUNINGS.get(str(getattr(config.tuning, "name", None)))
     tuned = tuning.apply(loaded, config.tuning, seed)
 
-    def examples(split: Any) -> TextExamples:
-        return TextExamples(split.texts, split.labels, loaded.tokenizer, config.model.max_length)
+    def examples(split: AnySplit) -> ModelExamples:
+        return build_examples(split, material.dataset.kind, loaded, config.model)
 
     bench = Workbench(
         loaded=loaded,
@@ -71,7 +74,8 @@ def build(config: RunConfig, material: Material, progress: Progress) -> Workbenc
         train=examples(material.dataset.train),
         test=examples(material.dataset.test),
     )
-    if config.model.dropout == 0.0:
+    # checkpointed blocks need an input that asks for a gradient, and stored states do not
+    if config.model.dropout == 0.0 and not config.model.gradient_checkpointing:
         _cache_frozen(bench, config.model.cache_frozen_gib, progress)
     return bench
 
@@ -101,14 +105,20 @@ def make_stages(
 
 
 def trained_head(tuned: TunedModel) -> nn.Module:
-    """Return the head that is trained: peft keeps it beside a frozen copy of the original."""
+    """Return the head that is trained: peft keeps it beside a frozen copy of the original.
+
+    Raises:
+        ModelError: If the model has none.
+    """
+    if tuned.head is None:
+        raise ModelError("This model has no classification head to train: choose another tuning.")
     head = tuned.model.get_submodule(tuned.head)
     copies = getattr(head, "modules_to_save", None)
     return head if copies is None else copies["default"]
 
 
 def _cache_frozen(bench: Workbench, gib: float, progress: Progress) -> None:
-    """Run frozen first blocks once over all texts, where there are any and their output fits.
+    """Run frozen first blocks once over all examples, where there are any and their output fits.
 
     The limit is fixed in the configuration: free memory would let a resumed run choose otherwise, and padding then
     changes the last bits.
@@ -118,22 +128,19 @@ def _cache_frozen(bench: Workbench, gib: float, progress: Progress) -> None:
     needed = 4 * width * int(bench.train.lengths.sum() + bench.test.lengths.sum())
     if prefix is None or needed > gib * 2**30:
         return
-    progress.message(f"Running the frozen blocks once over all texts ({needed / 2**20:.0f} MiB kept)")
+    progress.message(f"Running the frozen blocks once over all examples ({needed / 2**20:.0f} MiB kept)")
     if not attach(bench.tuned.model, prefix, bench.train, bench.test):
         progress.message("The frozen blocks' output cannot be replayed in this model: running it whole")
 
 
 def _module(
     config: RunConfig, bench: Workbench, name: str, progress: Progress
-) -> tuple[nn.Module, Examples, Examples, str]:
+) -> tuple[nn.Module, Examples, Examples, str | None]:
     """Return what trains in a phase: (module, training examples, test examples, prefix of the head's names)."""
     only_head = getattr(config.tuning, "name", "") == "head"
     if name == TRAIN and not only_head:
         return bench.tuned.model, bench.train, bench.test, bench.tuned.head
-    head = bench.tuned.model.get_submodule(bench.tuned.head)
-    progress.message(f"Features of {len(bench.train) + len(bench.test)} examples from the frozen model")
-    train = head_features(bench.tuned.model, head, bench.train)
-    test = head_features(bench.tuned.model, head, bench.test)
+    train, test = _features(bench, progress)
     if train is not None and test is not None:
         return trained_head(bench.tuned), train, test, ""
     if only_head:
@@ -142,6 +149,15 @@ def _module(
         "head_warm_start needs a model whose head gets one vector an example, and this one's gets every token: "
         'set head_warm_start.name = "none".'
     )
+
+
+def _features(bench: Workbench, progress: Progress) -> tuple[FeatureExamples | None, FeatureExamples | None]:
+    train, test = bench.train, bench.test
+    if bench.tuned.head is None or not (isinstance(train, LabelledExamples) and isinstance(test, LabelledExamples)):
+        return None, None
+    progress.message(f"Features of {len(train) + len(test)} examples from the frozen model")
+    head = bench.tuned.model.get_submodule(bench.tuned.head)
+    return head_features(bench.tuned.model, head, train), head_features(bench.tuned.model, head, test)
 
 
 def _phase(
@@ -237,4 +253,5 @@ def _central(config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Code
 
 def set_deterministic() -> None:
     """Keep torch deterministic: a resumed run must equal an unbroken one to the bit."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU's first matrix product runs
     torch.use_deterministic_algorithms(True)

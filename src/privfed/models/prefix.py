@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from privfed.models.examples import Rows, TextExamples, microbatches
+from privfed.models.examples import ModelExamples, Rows, microbatches
 
 # relative difference of logits with and without the cache: padding changes the order of float32 sums
 TOLERANCE = 1e-4
@@ -50,7 +50,7 @@ class FrozenPrefix:
         finally:
             self._states_BSH = None
 
-    def compute(self, module: nn.Module, examples: TextExamples, size: int = 64) -> list[torch.Tensor]:
+    def compute(self, module: nn.Module, examples: ModelExamples, size: int = 64) -> list[torch.Tensor]:
         """Return each example's states after the prefix [its own S, H]."""
         found: list[torch.Tensor] = [torch.empty(0)] * len(examples)
         captured: list[torch.Tensor] = []
@@ -74,7 +74,7 @@ class FrozenPrefix:
         return found
 
     @staticmethod
-    def _keep(found: list[torch.Tensor], rows: Rows, states_BSH: torch.Tensor, examples: TextExamples) -> None:
+    def _keep(found: list[torch.Tensor], rows: Rows, states_BSH: torch.Tensor, examples: ModelExamples) -> None:
         for position, row in enumerate(rows):
             found[row] = states_BSH[position, : examples.lengths[row]].clone()
 
@@ -91,14 +91,15 @@ class FrozenPrefix:
         )
 
 
-def find_prefix(module: nn.Module, head: str) -> FrozenPrefix | None:
+def find_prefix(module: nn.Module, head: str | None) -> FrozenPrefix | None:
     """Return the frozen prefix of ``module``, or None where the first block, or something before it, is trained.
 
     Args:
         module: The tuned model.
-        head: Name of its head, which comes after the blocks.
+        head: Name of its head, which comes after the blocks; None for a language model, whose head may be tied to
+            its first layer.
     """
-    trained = [n for n, p in module.named_parameters() if p.requires_grad and not n.startswith(head)]
+    trained = [n for n, p in module.named_parameters() if p.requires_grad and not (head and n.startswith(head))]
     for name, blocks in module.named_modules():
         if isinstance(blocks, nn.ModuleList) and len(blocks) > 1 and len({type(b) for b in blocks}) == 1:
             inside = [n for n in trained if n.startswith(f"{name}.")]
@@ -109,20 +110,31 @@ def find_prefix(module: nn.Module, head: str) -> FrozenPrefix | None:
     return None
 
 
-def attach(module: nn.Module, prefix: FrozenPrefix, *splits: TextExamples) -> bool:
+def attach(module: nn.Module, prefix: FrozenPrefix, *splits: ModelExamples) -> bool:
     """Compute and attach the prefix's states to each split; return whether they reproduce the logits.
 
-    Models whose blocks take or return something unusual are left to run whole.
+    Models whose blocks take or return something unusual are left to run whole. States are computed and compared in
+    full precision whatever the splits run in.
     """
-    for examples in splits:
-        rows = np.arange(min(4, len(examples)))
-        with torch.no_grad():
-            wanted = examples.logits(module.eval(), examples.batch(rows))
-        examples.use_prefix(prefix, prefix.compute(module, examples))
-        with torch.no_grad():
-            found = examples.logits(module, examples.batch(rows))
-        if not torch.allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE):
-            for each in splits:
-                each.use_prefix(None, [])
-            return False
-    return True
+    autocast = [examples.autocast for examples in splits]
+    try:
+        for examples in splits:
+            examples.autocast = False
+        fits = all(_fits(module, prefix, examples) for examples in splits)
+    finally:
+        for examples, before in zip(splits, autocast, strict=True):
+            examples.autocast = before
+    if not fits:
+        for examples in splits:
+            examples.use_prefix(None, [])
+    return fits
+
+
+def _fits(module: nn.Module, prefix: FrozenPrefix, examples: ModelExamples) -> bool:
+    rows = np.arange(min(4, len(examples)))
+    with torch.no_grad():
+        wanted = examples.logits(module.eval(), examples.batch(rows))
+    examples.use_prefix(prefix, prefix.compute(module, examples))
+    with torch.no_grad():
+        found = examples.logits(module, examples.batch(rows))
+    return torch.allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE)

@@ -9,7 +9,7 @@ from typing import Any
 
 from privfed.report import canvas as c
 from privfed.report.load import Eval, Metrics, Partition
-from privfed.report.text import epsilon_text, percent_text, percent_up
+from privfed.report.text import epsilon_text, percent_text, percent_up, perplexity_text
 from privfed.report.tradeoff import Curve, hit_rate_bound
 
 WIDTH, HEIGHT = 440.0, 260.0
@@ -48,32 +48,47 @@ def _round_axis(axes: Any, warm: int, last: int) -> None:
         axes.axvline(warm, color=c.LINE, linewidth=1)
 
 
+def quality_chart(metrics: Metrics) -> Chart | None:
+    """Return the score after each round against what costs nothing, or None where nothing was scored."""
+    if any(line.metric == "perplexity" for line in metrics.evals):
+        return perplexity_chart(metrics)
+    return accuracy_chart(metrics)
+
+
+def _places(metrics: Metrics, name: str) -> list[tuple[int, Eval, float]]:
+    """Return (place on the shared axis, line, value) of each evaluation in which ``name`` is a number."""
+    warm = _positions(metrics)
+    found: dict[int, tuple[int, Eval, float]] = {}
+    for line in metrics.evals:
+        value = getattr(line, name)
+        if value is not None and math.isfinite(value):
+            place = line.round + (0 if line.phase == "warm_start" else warm)
+            found[place] = (place, line, value)
+    return [found[place] for place in sorted(found)]
+
+
 def accuracy_chart(metrics: Metrics) -> Chart | None:
     """Return accuracy and macro-F1 after each round against always giving the commonest answer."""
-    warm = _positions(metrics)
-    places: dict[int, Eval] = {}
-    for score in metrics.evals:
-        if math.isfinite(score.accuracy):
-            places[score.round + (0 if score.phase == "warm_start" else warm)] = score
+    places = _places(metrics, "accuracy")
     if not places:
         return None
-    x = sorted(places)
-    accuracy = [places[i].accuracy for i in x]
-    f1 = [(i, places[i].macro_f1) for i in x if places[i].macro_f1 is not None]
-    majority = next((s.majority for s in places.values() if s.majority is not None), None)
+    x = [place for place, _, _ in places]
+    accuracy = [value for _, _, value in places]
+    f1 = [(place, line.macro_f1) for place, line, _ in places if line.macro_f1 is not None]
+    majority = next((line.majority for _, line, _ in places if line.majority is not None), None)
     ends = {"accuracy": accuracy[-1]}
     with c.Canvas("accuracy", WIDTH, HEIGHT) as (canvas, axes):
         axes.plot(x, accuracy, color=c.MODEL, linewidth=2.4, marker="o", markersize=4, clip_on=False)
         if f1:
             axes.plot([i for i, _ in f1], [v for _, v in f1], color=c.MODEL, linewidth=1.4, linestyle="--")
-            ends["macro-F1"] = float(f1[-1][1] or 0)
+            ends["macro-F1"] = float(f1[-1][1])
         if majority is not None:
             axes.axhline(majority, color=c.MUTED, linewidth=1.2, linestyle=":")
             ends["commonest\nanswer"] = majority
         axes.set_ylim(0, 1)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
         axes.grid(axis="y", color=c.LINE, linewidth=0.6)
-        _round_axis(axes, warm, x[-1])
+        _round_axis(axes, _positions(metrics), x[-1])
         _label_ends(axes, ends, {"accuracy": c.MODEL, "macro-F1": c.MODEL})
         compared = "" if majority is None else f"; always the commonest answer scores {percent_text(majority)}"
         alt = (
@@ -85,18 +100,63 @@ def accuracy_chart(metrics: Metrics) -> Chart | None:
         title="Accuracy after each round",
         svg=svg,
         alt=alt,
-        headers=("Phase", "Round", "Accuracy", "Macro-F1", "Loss"),
+        headers=("Phase", "Round", "Accuracy", "Macro-F1", "Matthews", "Loss"),
         rows=tuple(
-            (
-                s.phase.replace("_", " "),
-                str(s.round),
-                percent_text(s.accuracy),
-                "" if s.macro_f1 is None else f"{s.macro_f1:.3f}",
-                "" if s.loss is None else f"{s.loss:.3f}",
-            )
-            for s in metrics.evals
+            (*_round_cells(s), percent_text(v), _number(s.macro_f1), _number(s.matthews), _number(s.loss))
+            for _, s, v in places
         ),
     )
+
+
+def perplexity_chart(metrics: Metrics) -> Chart | None:
+    """Return perplexity after each round against the base model's before any tuning; lower is better."""
+    places = _places(metrics, "perplexity")
+    if not places:
+        return None
+    x = [place for place, _, _ in places]
+    perplexity = [value for _, _, value in places]
+    base = perplexity[0] if places[0][1].round == 0 else None
+    high, low = max(perplexity), min(perplexity)
+    gap = max(high - low, 0.05 * high)
+    with c.Canvas("perplexity", WIDTH, HEIGHT) as (canvas, axes):
+        axes.plot(x, perplexity, color=c.MODEL, linewidth=2.4, marker="o", markersize=4, clip_on=False)
+        ends = {"this model": perplexity[-1]}
+        if base is not None:
+            axes.axhline(base, color=c.MUTED, linewidth=1.2, linestyle=":")
+            ends["base\nmodel"] = base
+        axes.set_ylim(max(0, low - 0.15 * gap), high + 0.15 * gap)
+        axes.grid(axis="y", color=c.LINE, linewidth=0.6)
+        _round_axis(axes, 0, x[-1])
+        _label_ends(axes, ends, {"this model": c.MODEL}, 0.12 * gap)
+        compared = "" if base is None else "; the first is the base model before any tuning"
+        alt = (
+            f"Line chart, lower is better: perplexity goes from {perplexity_text(perplexity[0])} to "
+            f"{perplexity_text(perplexity[-1])} over {x[-1]} rounds{compared}."
+        )
+        svg = canvas.svg(alt)
+    return Chart(
+        title="Perplexity after each round (lower is better)",
+        svg=svg,
+        alt=alt,
+        headers=("Phase", "Round", "Perplexity", "Next token right", "Loss a token"),
+        rows=tuple(
+            (
+                *_round_cells(s),
+                perplexity_text(v),
+                "" if s.token_accuracy is None else percent_text(s.token_accuracy),
+                _number(s.loss),
+            )
+            for _, s, v in places
+        ),
+    )
+
+
+def _round_cells(line: Eval) -> tuple[str, str]:
+    return line.phase.replace("_", " "), str(line.round)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _label_ends(axes: Any, ends: dict[str, float], colours: dict[str, str], gap: float = 0.07) -> None:
@@ -112,7 +172,7 @@ def _label_ends(axes: Any, ends: dict[str, float], colours: dict[str, str], gap:
             textcoords="offset points",
             va="center",
             color=colours.get(name, c.MUTED),
-            fontweight="bold" if name == "accuracy" else "normal",
+            fontweight="bold" if name in ("accuracy", "this model") else "normal",
         )
 
 
@@ -195,13 +255,15 @@ def attacker_chart(curve: Curve) -> Chart:
 
 def partition_chart(partition: Partition) -> Chart | None:
     """Return who holds how much of what: stacked bars, or a heat map where those would be too many."""
-    if not partition.clients or not partition.label_names:
+    if not partition.clients:
         return None
+    if not partition.label_names:  # records without classes: how many of them
+        whole = tuple(client.model_copy(update={"label_counts": (client.size,)}) for client in partition.clients)
+        partition = partition.model_copy(update={"label_names": ("rows",), "clients": whole})
     clients = sorted(partition.clients, key=lambda client: (-client.size, client.client_id))
     sizes = [client.size for client in clients]
-    alt = (
-        f"{len(clients)} clients hold between {min(sizes):,} and {max(sizes):,} rows of "
-        f"{len(partition.label_names)} kinds."
+    alt = f"{len(clients)} clients hold between {min(sizes):,} and {max(sizes):,} rows" + (
+        f" of {len(partition.label_names)} kinds." if len(partition.label_names) > 1 else "."
     )
     stacked = len(clients) <= MOST_BARS and len(partition.label_names) <= len(c.LABELS)
     draw = _stacked_bars if stacked else _heat_map

@@ -53,12 +53,11 @@ def receipt_facts(
     )
     worst = max(per_client, key=lambda c: per_client[c]) if per_client else None
     score = outcome.score
-    utility = {
-        "accuracy": score.accuracy,
-        "macro_f1": score.macro_f1,
-        "majority": score.majority,
-        "n_test": float(score.n),
-    }
+    # of classes the loss says nothing that the others do not
+    utility = {name: value for name, value in score.metrics.items() if name != "loss" or score.primary != "accuracy"}
+    utility["n_test"] = float(score.n)
+    if "base_perplexity" in outcome.totals:
+        utility["base_perplexity"] = outcome.totals["base_perplexity"]
     if outcome.probe_accuracy is not None:
         utility["probe_accuracy"] = outcome.probe_accuracy
     source: Literal["none", "reproducible", "csprng"] = "reproducible" if privacy.reproducible_noise else "csprng"
@@ -93,7 +92,7 @@ def receipt_facts(
         versions=versions,
         utility=utility,
         adapter_digest=adapter_digest,
-        beats_probe=None if outcome.probe_accuracy is None else score.accuracy > outcome.probe_accuracy,
+        beats_probe=None if outcome.probe_accuracy is None else score.value > outcome.probe_accuracy,
         sentinels=sentinels,
         notes=material.notes,
     )

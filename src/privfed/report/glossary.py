@@ -30,5 +30,11 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
         "Secure aggregation",
         "A way to add up the clients' updates without anyone seeing a single one.",
     ),
+    (
+        "Perplexity",
+        "How surprised a language model is by the test texts: at 20 it is as unsure of each next token as if 20 were "
+        "equally likely. Smaller is better; only models with the same tokens can be compared.",
+    ),
+    ("ROUGE, BLEU", "How many words and runs of words a generated text shares with the reference."),
     ("Unit", "What one promise protects: one training example, or all the data of one client."),
 )

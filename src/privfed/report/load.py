@@ -55,11 +55,15 @@ class Eval(_Line):
 
     phase: str = "train"
     round: int
-    accuracy: float
+    metric: str = "accuracy"
+    accuracy: float | None = None
     macro_f1: float | None = None
+    matthews: float | None = None
+    majority: float | None = None
+    perplexity: float | None = None
+    token_accuracy: float | None = None
     loss: float | None = None
     n: int | None = None
-    majority: float | None = None
 
 
 class Dropped(_Line):
@@ -96,12 +100,22 @@ class LabelScore(_Line):
     support: int
 
 
+class Sample(_Line):
+    """What a language model wrote on a test row, and what stands there."""
+
+    prompt: str
+    reference: str
+    generated: str
+
+
 class Finish(_Line):
     """The line that closes a run."""
 
     seconds: float | None = None
     accuracy: float | None = None
     macro_f1: float | None = None
+    generation: dict[str, float] = {}
+    samples: tuple[Sample, ...] = ()
     per_class: tuple[LabelScore, ...] = ()
     bytes_up: int | None = None
     adapter_sha256: str | None = None

@@ -10,6 +10,13 @@ from privfed.report import text
 from privfed.report.load import Round, RunView
 
 _THIS_MODEL = "This model"
+_OPEN = "Same training, no privacy"
+_UNKNOWN = "What privacy itself cost is not known: no run without it was measured."
+_FREE_CLASSES = (
+    ("Always the commonest answer", ("majority",)),
+    ("Head on the frozen model", ("probe_accuracy", "probe")),
+)
+_FREE_LANGUAGE = (("The base model, before tuning", ("base_perplexity",)),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,70 +103,105 @@ def _scores(view: RunView) -> dict[str, float]:
     scores = dict(view.receipt["utility"]) if view.receipt else {}
     if view.metrics.evals:
         last = view.metrics.evals[-1]
-        for key, value in (
-            ("accuracy", last.accuracy),
-            ("macro_f1", last.macro_f1),
-            ("majority", last.majority),
-            ("n_test", last.n),
-        ):
+        names = ("accuracy", "macro_f1", "matthews", "majority", "perplexity", "token_accuracy")
+        for key, value in (*((name, getattr(last, name)) for name in names), ("n_test", last.n)):
             if value is not None:
                 scores.setdefault(key, value)
+        first = view.metrics.evals[0]
+        if first.perplexity is not None and first.round == 0:
+            scores.setdefault("base_perplexity", first.perplexity)
     return {k: v for k, v in scores.items() if isinstance(v, int | float) and math.isfinite(v)}
 
 
-def score(view: RunView) -> dict[str, Any] | None:
-    """Return the accuracy with its interval, or None where nothing was evaluated."""
+def score(view: RunView) -> dict[str, str] | None:
+    """Return the score as ``value``, the ``word`` after it and the line ``under`` it; None if nothing was evaluated."""
     scores = _scores(view)
+    n = int(scores.get("n_test", 0))
+    if "perplexity" in scores:
+        under = ["smaller is better"]
+        if n:
+            under.append(f"on {n:,} test examples")
+        if "token_accuracy" in scores:
+            under.append(f"the next token is right {text.percent_text(scores['token_accuracy'])} of the time")
+        return {"value": text.perplexity_text(scores["perplexity"]), "word": "perplexity", "under": "; ".join(under)}
     if "accuracy" not in scores:
         return None
-    n = int(scores.get("n_test", 0))
     half = text.interval(scores["accuracy"], n)
-    f1 = scores.get("macro_f1")
-    return {
-        "accuracy": text.percent_text(scores["accuracy"]),
-        "half": None if half is None else f"{100 * half:.1f}",
-        "n": f"{n:,}" if n else None,
-        "f1": None if f1 is None else f"{f1:.3f}",
-    }
+    under = [f"of {n:,} test examples" + ("" if half is None else f", ± {100 * half:.1f} points")] if n else []
+    if "macro_f1" in scores:
+        under.append(f"macro-F1 {scores['macro_f1']:.3f}")
+    return {"value": text.percent_text(scores["accuracy"]), "word": "right", "under": "; ".join(under)}
 
 
 def bars(view: RunView) -> tuple[Bar, ...]:
-    """Return this model's accuracy between what costs nothing and what protects nobody."""
+    """Return this model's score between what costs nothing and what protects nobody."""
     scores = _scores(view)
-    compared: list[tuple[str, tuple[str, ...]]] = [
-        ("Always the commonest answer", ("majority",)),
-        ("Head on the frozen model", ("probe_accuracy", "probe")),
-        (_THIS_MODEL, ("accuracy",)),
-    ]
+    language = "perplexity" in scores
+    free = _FREE_LANGUAGE if language else _FREE_CLASSES
+    compared: list[tuple[str, tuple[str, ...]]] = [*free, (_THIS_MODEL, (_primary(scores),))]
     if view.may_show_epsilon:
-        compared.append(("Same training, no privacy", ("non_private_accuracy", "non_private")))
+        compared.append((_OPEN, (f"non_private_{_primary(scores)}", "non_private")))
     found = [(label, scores[key]) for label, keys in compared for key in keys if key in scores]
-    if len(found) < 2 or "accuracy" not in scores:
+    if len(found) < 2 or _primary(scores) not in scores:
         return ()
+    whole = max(value for _, value in found) if language else 1.0
     return tuple(
         Bar(
             label=label,
-            value=text.percent_text(value),
-            percent=min(max(100 * value, 0), 100),
+            value=text.perplexity_text(value) if language else text.percent_text(value),
+            percent=min(max(100 * value / whole, 0), 100),
             main=label == _THIS_MODEL,
         )
         for label, value in found
     )
 
 
+def _primary(scores: dict[str, float]) -> str:
+    return "perplexity" if "perplexity" in scores else "accuracy"
+
+
 def lost(view: RunView) -> Fact | None:
-    """Return the accuracy that privacy cost; without a run to compare with, what is left of it."""
+    """Return the quality that privacy cost; without a run to compare with, what is left of it."""
     scores = _scores(view)
-    other = scores.get("non_private_accuracy", scores.get("non_private"))
-    if not view.may_show_epsilon or "accuracy" not in scores:
+    primary = _primary(scores)
+    other = scores.get(f"non_private_{primary}", scores.get("non_private"))
+    if not view.may_show_epsilon or primary not in scores:
         return None
+    if primary == "perplexity":
+        return _lost_perplexity(scores, other)
     if other is None:
         if "majority" not in scores:
             return None
         return Fact(
             label="of accuracy over always the commonest answer",
             value=f"{100 * (scores['accuracy'] - scores['majority']):+.1f} points",
-            note="What privacy itself cost is not known: no run without it was measured.",
+            note=_UNKNOWN,
         )
     points = 100 * (other - scores["accuracy"])
     return Fact(label="of accuracy lost to privacy", value=f"{points:.1f} points")
+
+
+def _lost_perplexity(scores: dict[str, float], other: float | None) -> Fact | None:
+    if other is not None:
+        return Fact(label="of perplexity lost to privacy", value=f"{scores['perplexity'] - other:+.2f}")
+    if "base_perplexity" not in scores:
+        return None
+    return Fact(
+        label="of perplexity against the base model before tuning (less is better)",
+        value=f"{100 * (scores['perplexity'] / scores['base_perplexity'] - 1):+.1f}%",
+        note=_UNKNOWN,
+    )
+
+
+def generation(view: RunView) -> tuple[Fact, ...]:
+    """Return how close a language model's texts are to the references, as far as that was measured."""
+    finish = view.metrics.finish
+    found = finish.generation if finish else {}
+    facts = [
+        Fact(label=f"ROUGE-{name.removeprefix('rouge')}", value=f"{found[name]:.3f}")
+        for name in ("rouge1", "rouge2", "rougeL")
+        if name in found
+    ]
+    if "bleu" in found:
+        facts.append(Fact(label="BLEU", value=f"{found['bleu']:.1f}"))
+    return tuple(facts)

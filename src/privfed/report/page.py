@@ -75,6 +75,8 @@ def page(view: RunView) -> dict[str, Any]:
         "charts": _charts(view),
         "attacker": _attacker(receipt),
         "partition": charts.partition_chart(view.partition) if view.partition else None,
+        "generation": measures.generation(view),
+        "samples": view.metrics.finish.samples if view.metrics.finish else (),
         "per_class": view.metrics.finish.per_class if view.metrics.finish else (),
         "dropped": [(r, d) for r in view.metrics.rounds for d in r.dropped],
         "per_client": _per_client(receipt),
@@ -211,7 +213,7 @@ def _guarantee(name: str, entry: dict[str, Any]) -> Guarantee:
 
 def _charts(view: RunView) -> tuple[Chart, ...]:
     budget = charts.budget_chart(view.metrics, measures.cap(view)) if view.may_show_epsilon else None
-    return tuple(chart for chart in (charts.accuracy_chart(view.metrics), budget) if chart)
+    return tuple(chart for chart in (charts.quality_chart(view.metrics), budget) if chart)
 
 
 def _attacker(receipt: dict[str, Any] | None) -> Chart | None:

@@ -60,6 +60,11 @@ def percent_text(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f}%"
 
 
+def perplexity_text(value: float) -> str:
+    """Return a perplexity with three digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def percent_up(share: float) -> str:
     """Return a bound on a share as a percentage, never rounded down."""
     return percent_text(math.ceil(1000 * share - 1e-9) / 1000)
@@ -168,6 +173,8 @@ def _view_text(view: Mapping[str, Any], name: str) -> str:
 
 def _model_line(receipt: Mapping[str, Any]) -> str:
     scores = receipt["utility"]
+    if "perplexity" in scores:
+        return f"Model:      {_language_scores(scores)}."
     if "accuracy" not in scores:
         return "Model:      not evaluated."
     parts = [f"accuracy {percent_text(scores['accuracy'])}"]
@@ -178,6 +185,17 @@ def _model_line(receipt: Mapping[str, Any]) -> str:
     if "majority" in scores:
         parts.append(f"always the commonest answer {percent_text(scores['majority'])}")
     return f"Model:      {', '.join(parts)}."
+
+
+def _language_scores(scores: Mapping[str, float]) -> str:
+    first = f"perplexity {perplexity_text(scores['perplexity'])}"
+    if "n_test" in scores:
+        first += f" on {int(scores['n_test']):,} test examples"
+    if "base_perplexity" in scores:
+        first += f" (the base model before tuning: {perplexity_text(scores['base_perplexity'])})"
+    if "token_accuracy" in scores:
+        first += f", next token right {percent_text(scores['token_accuracy'])} of the time"
+    return first
 
 
 def _run_line(receipt: Mapping[str, Any]) -> str:

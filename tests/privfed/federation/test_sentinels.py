@@ -28,7 +28,7 @@ FEATURES = FeatureExamples(torch.zeros(4, WIDTH), torch.zeros(4, dtype=torch.int
 
 
 def _probe() -> Examples:
-    return probe_examples(FEATURES, None, CLASSES)
+    return probe_examples(FEATURES, CLASSES)
 
 
 class Net(nn.Module):
@@ -69,7 +69,7 @@ def test_a_sound_module_passes_and_is_left_as_it_was(private: bool) -> None:
 def test_the_tunings_of_a_real_transformer_pass(tuning: str, federation: Callable[..., Any]) -> None:
     run = federation(tuning={"name": tuning})
     module = run.bench.tuned.model
-    probe = probe_examples(run.bench.train, run.bench.loaded.tokenizer, CLASSES)
+    probe = probe_examples(run.bench.train, CLASSES)
     before = read_flat(module).tobytes()
     sentence, vanishing = check_gradients(module, probe, private=True)
     assert sentence.startswith(f"{len(layout_of(module).names)} trained tensors: per-example gradients equal")
@@ -130,7 +130,7 @@ def test_a_position_table_looked_up_once_for_the_batch_is_caught(
     federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = federation(tuning={"name": "full"})
-    probe = probe_examples(run.bench.train, run.bench.loaded.tokenizer, CLASSES)
+    probe = probe_examples(run.bench.train, CLASSES)
     monkeypatch.setattr(PerExampleModel, "_expand", lambda *args: None)
     with pytest.raises(PrivfedError, match=r"has no gradient for each example|position_embeddings"):
         check_gradients(run.bench.tuned.model, probe, private=True)
@@ -149,7 +149,7 @@ def test_the_probe_is_made_up_and_reaches_every_length(tiny_bert: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     texts = TextExamples(["a client's secret"], np.zeros(1, dtype=np.int64), tokenizer, 24)
-    probe = probe_examples(texts, tokenizer, 2)
+    probe = probe_examples(texts, 2)
     assert len(probe) == 3
     assert len(set(probe.lengths.tolist())) == 3
 

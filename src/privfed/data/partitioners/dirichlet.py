@@ -99,4 +99,4 @@ def _equal_sizes(pools: list[NDArray[np.int64]], spec: DirichletPartition, rng: 
     return owners
 
 
-PARTITIONERS.register("dirichlet")(Partitioner(config=DirichletPartition, split=split))
+PARTITIONERS.register("dirichlet")(Partitioner(config=DirichletPartition, split=split, needs_labels=True))

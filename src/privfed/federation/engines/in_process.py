@@ -5,7 +5,6 @@ Messages between clients and server are bytes even here, so that what the server
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -121,26 +120,17 @@ class _Loop:
         self.stage.trainer.close()
         final = score or evaluate(self.stage.module, self.stage.test, self.label_names)
         if plan.name != TRAIN:
-            self.totals["probe_accuracy"] = final.accuracy
+            self.totals["probe_accuracy"] = final.value
         return state, final
 
     def _evaluate(self, state: ServerState) -> Score:
         write_flat(self.stage.module, state.params_D)
         score = evaluate(self.stage.module, self.stage.test, self.label_names)
         name = self.stage.phase.plan.name
-        self.folder.log(
-            {
-                "kind": "eval",
-                "phase": name,
-                "round": state.round,
-                "accuracy": score.accuracy,
-                "macro_f1": score.macro_f1,
-                "loss": score.loss if math.isfinite(score.loss) else None,
-                "n": score.n,
-                "majority": score.majority,
-            }
-        )
-        self.progress.evaluated(name, state.round, score.accuracy)
+        self.folder.log({"kind": "eval", "phase": name, "round": state.round, **score.record()})
+        if state.round == 0 and score.primary == "perplexity":  # a language model can do its task before any tuning
+            self.totals["base_perplexity"] = score.value
+        self.progress.evaluated(name, state.round, score.primary, score.value)
         return score
 
     def _save(self, state: ServerState) -> None:
