@@ -65,7 +65,7 @@ METHODS: dict[str, Method] = {
     "ln_tuning": Method("LN tuning: weights and biases of the normalisation layers.", linear=True),
     "loha": Method("LoHa (FedPara): W plus the element-wise product of two low-rank matrices."),
     "lokr": Method("LoKr: W plus a Kronecker product, one factor low-rank."),
-    "miss": Method("MiSS: W plus one small matrix repeated along its inputs."),
+    "miss": Method("MiSS: W plus one small matrix repeated along its inputs.", linear=True),
     "multitask_prompt_tuning": Method("Multitask prompt tuning: a shared prompt times a task's own.", tasks=TEXT),
     "oft": Method("OFT: W times trained block-orthogonal matrices."),
     "osf": Method("OSF: the smaller singular directions of W trained, the large ones kept."),

@@ -84,7 +84,7 @@ def test_an_svd_start_holds_the_largest_directions_and_leaves_the_rest_frozen(na
         assert torch.allclose(rest + start, original, atol=1e-5)
         U, S, V = torch.linalg.svd(original)
         if "svd_iterations" in options:  # a randomised decomposition comes near
-            assert torch.linalg.svdvals(rest)[0] < 1.05 * S[4]
+            assert 0.9 < float(start.square().sum() / S[:4].square().sum()) < 1.001
             continue
         assert torch.allclose(start, U[:, :4] * S[:4] @ V[:4], atol=1e-3)
         assert not layer.get_base_layer().weight.requires_grad
