@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from privfed.config import RunConfig, parse_config
 from privfed.errors import ConfigError, ModelError
-from privfed.files import write_atomic
 from privfed.tuning import TUNINGS
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
 # largest difference of a logit that float32 sums in another order explain, as a share of the largest logit
 TOLERANCE = 1e-4
+LABELS = "label_names.json"
 
 
 def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
@@ -112,7 +112,8 @@ def _merged(config: RunConfig, name: str, adapter: Path, out: Path) -> float:
     from privfed.models.loading import load_model
     from privfed.tuning.adapters import quiet
 
-    labels = tuple(json.loads((adapter / "label_names.json").read_text(encoding="utf-8")))
+    names = adapter / LABELS
+    labels = tuple(json.loads(names.read_text(encoding="utf-8"))) if names.exists() else ()
     loaded = load_model(config.model, label_names=labels, seed=0)
     tuned = TUNINGS.get(name).load(loaded.model, adapter).eval()
     inputs = _probe(loaded)
@@ -122,14 +123,16 @@ def _merged(config: RunConfig, name: str, adapter: Path, out: Path) -> float:
         temporary = out.with_name(f"{out.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(str(temporary))
-        found = type(model).from_pretrained(str(temporary)).eval()(**inputs).logits
+        found = type(model).from_pretrained(str(temporary)).to(wanted.device).eval()(**inputs).logits
     difference = float((found - wanted).abs().max()) if found.shape == wanted.shape else float("inf")
     if not difference <= TOLERANCE * max(1.0, float(wanted.abs().max())):
         shutil.rmtree(temporary)
         raise _unmergeable(name, f"the merged model's logits differ by {difference:.1e}")
-    if loaded.tokenizer is not None:
-        loaded.tokenizer.save_pretrained(str(temporary))
-    write_atomic(temporary / "label_names.json", (adapter / "label_names.json").read_bytes())
+    for part in (loaded.tokenizer, loaded.processor):
+        if part is not None:
+            part.save_pretrained(str(temporary))
+    if names.exists():
+        shutil.copy(names, temporary / LABELS)
     if out.exists():
         out.rmdir()
     temporary.replace(out)
@@ -140,12 +143,14 @@ def _probe(loaded: LoadedModel) -> dict[str, Any]:
     """Return made-up inputs of the model, the same each time."""
     import torch
 
-    config: Any = loaded.model.config
+    model: Any = loaded.model
+    config, device = model.config, model.device
     source = torch.Generator().manual_seed(0)
-    if getattr(loaded, "task", "") == "image_classification":
+    if loaded.task == "image_classification":
         side = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
-        return {"pixel_values": torch.randn(2, config.num_channels, *side, generator=source)}
-    ids = torch.randint(int(config.vocab_size), (2, 8), generator=source)
+        pixels = torch.randn(2, config.num_channels, *side, generator=source)
+        return {"pixel_values": pixels.to(device)}
+    ids = torch.randint(int(config.vocab_size), (2, 8), generator=source).to(device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

@@ -7,9 +7,7 @@ is not averaging BA (FedIT, arXiv 2305.05644), and noise on both factors has a p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
-
-from pydantic import model_validator
+from typing import TYPE_CHECKING, Literal
 
 from privfed.tuning import TUNINGS, TunedModel, Tuning
 from privfed.tuning.lora_options import LoraOptions, difference_from_start
@@ -27,15 +25,6 @@ class LoraConfig(LoraOptions):
 
     name: Literal["lora"] = "lora"
     use_dora: bool = False
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Self:
-        if self.use_dora and self.mutating:
-            raise ValueError(
-                f'init_lora_weights = "{self.init_lora_weights}" with use_dora cannot be saved for the original base; '
-                "leave one of them out"
-            )
-        return self
 
 
 def apply(loaded: LoadedModel, config: LoraOptions, seed: int) -> TunedModel:

@@ -113,14 +113,36 @@ class LoraOptions(Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> LoraOptions:
-        if self.mutating and (self.rank_pattern or self.alpha_pattern):
-            raise ValueError(
-                f'init_lora_weights = "{self.init_lora_weights}" is saved at twice the rank, which rank_pattern and '
-                "alpha_pattern contradict; leave one of them out"
-            )
-        if self.lora_bias and self.bias != "none":
-            raise ValueError('lora_bias with bias != "none" trains two biases where one is; leave one of them out')
+        for holds, both in self._contradictions():
+            if holds:
+                raise ValueError(f"{both}; leave one of them out")
         return self
+
+    def _contradictions(self) -> tuple[tuple[bool, str], ...]:
+        """Return (whether it is so, the sentence) for options that peft cannot have together."""
+        start, dora = self.init_lora_weights, bool(getattr(self, "use_dora", False))
+        patterns, pattern = bool(self.rank_pattern or self.alpha_pattern), isinstance(self.target_modules, str)
+        return (
+            (
+                self.mutating and patterns,
+                f'init_lora_weights = "{start}" is saved at twice the rank, against rank_pattern and alpha_pattern',
+            ),
+            (
+                self.mutating and dora,
+                f'init_lora_weights = "{start}" with use_dora cannot be saved for the original base',
+            ),
+            (self.lora_bias and self.bias != "none", "lora_bias and bias train two biases where one is"),
+            (self.lora_bias and start is not True, f'peft gives B no lora_bias with init_lora_weights = "{start}"'),
+            (self.lora_bias and dora, "peft gives B no lora_bias with use_dora"),
+            (
+                pattern and self.layers_to_transform is not None,
+                "target_modules as one string says which blocks itself, and layers_to_transform says it again",
+            ),
+            (
+                self.layers_pattern is not None and (pattern or self.layers_to_transform is None),
+                "layers_pattern goes with layers_to_transform and a list of target_modules only",
+            ),
+        )
 
     @property
     def mutating(self) -> bool:

@@ -65,7 +65,7 @@ METHODS: dict[str, Method] = {
     "ln_tuning": Method("LN tuning: weights and biases of the normalisation layers.", linear=True),
     "loha": Method("LoHa (FedPara): W plus the element-wise product of two low-rank matrices."),
     "lokr": Method("LoKr: W plus a Kronecker product, one factor low-rank."),
-    "miss": Method("MiSS: W plus one small matrix repeated along its inputs."),
+    "miss": Method("MiSS: W plus one small matrix repeated along its inputs.", linear=True),
     "multitask_prompt_tuning": Method("Multitask prompt tuning: a shared prompt times a task's own.", tasks=TEXT),
     "oft": Method("OFT: W times trained block-orthogonal matrices."),
     "osf": Method("OSF: the smaller singular directions of W trained, the large ones kept."),
@@ -132,7 +132,7 @@ def _apply(kind: str, loaded: LoadedModel, given: dict[str, Any], seed: int) -> 
     if kind == "xlora":
         _refuse_xlora(None)
     check_options(kind, given)
-    task = adapters.task_of(loaded)
+    task = loaded.task
     if task not in METHODS[kind].tasks:
         raise ModelError(f"The tuning {kind!r} does not work with model.task = {task!r}: choose another tuning.name.")
     options = {**SUPPLIED.get(kind, {}), **given, **_from_model(kind, loaded, given, seed)}
@@ -142,7 +142,7 @@ def _apply(kind: str, loaded: LoadedModel, given: dict[str, Any], seed: int) -> 
         _say_no_sparse_checks()
     tuned = adapters.wrapped(loaded, kind, options, seed, name=kind)
     if kind in WITH_TASK_IDS:
-        tuned.model.register_forward_pre_hook(_one_task, with_kwargs=True)
+        _give_one_task(tuned.model)
     if kind in EMBEDDED_PROMPTS:
         _watch_prompt(kind, task, tuned.model, loaded)
     if kind == "shadow":
@@ -193,8 +193,19 @@ def _tokens_and_head(loaded: LoadedModel, options: dict[str, Any], seed: int) ->
     )
 
 
+def _give_one_task(model: Any) -> None:
+    """Name the only task, number 0, wherever peft asks for it; generation is one text at a time."""
+    import functools
+
+    import torch
+
+    model.register_forward_pre_hook(_one_task, with_kwargs=True)
+    if hasattr(model, "generate"):
+        model.generate = functools.partial(model.generate, task_ids=torch.zeros(1, dtype=torch.long))
+
+
 def _one_task(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Name the only task, number 0, for every example."""
+    """Give every example task 0."""
     if "task_ids" not in kwargs and "input_ids" in kwargs:
         ids = kwargs["input_ids"]
         kwargs = {**kwargs, "task_ids": ids.new_zeros(ids.shape[0])}
@@ -229,9 +240,9 @@ def _ignores_padding(model: Any, loaded: LoadedModel) -> bool:
 
     from privfed.tuning.adapters import quiet
 
-    settings: Any = loaded.model.config
-    pad = int(getattr(settings, "pad_token_id", None) or 0)
-    ids = torch.full((2, 4), 1 if pad == 0 else 0, device=loaded.model.device)
+    base: Any = loaded.model
+    pad = int(getattr(base.config, "pad_token_id", None) or 0)
+    ids = torch.full((2, 4), 1 if pad == 0 else 0, device=base.device)
     ids[0, 2:] = pad
     mask = torch.ones_like(ids)
     mask[0, 2:] = 0

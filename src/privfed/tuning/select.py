@@ -81,9 +81,10 @@ def _selected(model: nn.Module, patterns: list[str]) -> list[str]:
         hits = {name for name in names if _matches(name, pattern)}
         if not hits:
             modules = {name.rpartition(".")[0] for name in names}
+            ends = modules | {module.rpartition(".")[2] for module in modules}
             raise ModelError(
                 f"tuning.select = {pattern!r} matches no parameter of {type(model).__name__}"
-                f".{nearest(pattern, modules) or f' It has {min(modules)!r}, for one.'}"
+                f".{nearest(pattern, ends) or f' It has {min(modules)!r}, for one.'}"
             )
         found |= hits
     return [name for name in names if name in found]

@@ -9,9 +9,11 @@ import sys
 import tomllib
 
 import pytest
+from click.testing import CliRunner
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig
 
+from privfed.cli import main
 from privfed.config import differences, parse_config
 from privfed.errors import ConfigError
 from privfed.federation.material import check_before_data
@@ -83,6 +85,9 @@ def test_a_configuration_loads_without_peft():
         ({"name": "lora", "use_dora": True, "init_lora_weights": "pissa"}, ["use_dora", "leave one of them out"]),
         ({"name": "lora", "init_lora_weights": "olora", "rank_pattern": {"a": 2}}, ["rank_pattern"]),
         ({"name": "lora", "lora_bias": True, "bias": "all"}, ["lora_bias"]),
+        ({"name": "dora", "lora_bias": True}, ["lora_bias", "use_dora"]),
+        ({"name": "lora", "target_modules": "a.*", "layers_to_transform": [0]}, ["layers_to_transform"]),
+        ({"name": "lora", "layers_pattern": "layer"}, ["layers_pattern"]),
         ({"name": "lora", "rr": 4}, ["Unknown key 'tuning.rr'", "'r'"]),
         ({"name": "ffa_lora", "use_dora": True}, ["Unknown key 'tuning.use_dora'"]),
         ({"name": "pissa", "init_lora_weights": "gaussian"}, ["tuning.init_lora_weights"]),
@@ -116,6 +121,16 @@ def test_a_run_and_validate_ask_before_any_data_is_read(tmp_path):
     )
     with pytest.raises(ConfigError, match="Did you mean 'feedforward_modules'"):
         check_before_data(config)
+
+
+def test_the_command_validate_asks_peft_too(tmp_path):
+    path = tmp_path / "run.toml"
+    for text, code in (('name = "vera"\nr = 16', 0), ('name = "vera"\nrr = 16', 2), ('name = "head"', 0)):
+        path.write_text(f"[tuning]\n{text}\n")
+        found = CliRunner().invoke(main, ["config", "validate", str(path)])
+        assert found.exit_code == code, found.output
+    path.write_text('[tuning]\nname = "vera"\nrr = 16\n')
+    assert "Unknown key 'tuning.rr'" in CliRunner().invoke(main, ["config", "validate", str(path)]).stderr
 
 
 def test_every_option_of_lora_is_offered_or_has_a_reason():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from privfed.models.loading import LoadedModel
+from privfed.models.sources import ModelSource
 from privfed.tuning import TUNINGS
 from privfed.tuning.layout import read_flat, trained, write_flat
+from privfed.types import Task
 
 VOCAB, HIDDEN, LABELS = 64, 32, 3
 _BERT = BertConfig(
@@ -45,7 +46,7 @@ _VIT = ViTConfig(
     num_channels=1, num_labels=LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
 )  # fmt: skip
 # name: (class, configuration, task)
-BASES: dict[str, tuple[Any, Any, str]] = {
+BASES: dict[str, tuple[Any, Any, Task]] = {
     "bert": (BertForSequenceClassification, _BERT, "sequence_classification"),
     "gpt2": (GPT2LMHeadModel, _GPT2, "causal_lm"),
     "llama": (LlamaForCausalLM, _LLAMA, "causal_lm"),
@@ -58,17 +59,6 @@ OPTIONS: dict[str, dict[str, Any]] = {"trainable_tokens": {"token_indices": [5, 
 SELECTED = {"Bert": ["layer.*.value"], "GPT2": "*.c_attn", "Llama": ["v_proj", "*norm"], "ViT": "*.[qv]_proj.bias"}
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What a tuning gets: a base model and what it was loaded for."""
-
-    model: Any
-    task: str
-    source: Any
-    num_labels: int = LABELS
-    tokenizer: Any = None
-
-
 def base(family: str, seed: int = 1) -> Any:
     """Return a fresh base model, the same for the same seed."""
     kind, config, _task = BASES[family]
@@ -77,13 +67,16 @@ def base(family: str, seed: int = 1) -> Any:
         return kind(type(config).from_dict(config.to_dict())).eval()
 
 
-def load(family: str, seed: int = 1) -> Loaded:
+def load(family: str, seed: int = 1) -> LoadedModel:
     """Return a base model as a run loads it."""
-    source = SimpleNamespace(public_name=f"tiny-{family}", location=f"/somewhere/tiny-{family}")
-    return Loaded(model=base(family, seed), task=BASES[family][2], source=source)
+    source = ModelSource(
+        location=f"/somewhere/tiny-{family}", local=True, origin="made up", public_name=f"tiny-{family}"
+    )
+    labels = 0 if BASES[family][2] == "causal_lm" else LABELS
+    return LoadedModel(model=base(family, seed), task=BASES[family][2], source=source, num_labels=labels)
 
 
-def tuned(name: str, loaded: Loaded, seed: int = 1, **options: Any) -> Any:
+def tuned(name: str, loaded: LoadedModel, seed: int = 1, **options: Any) -> Any:
     """Apply a tuning with the options given, else with those it needs."""
     plugin = TUNINGS.get(name)
     if name == "select" and not options:
