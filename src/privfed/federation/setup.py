@@ -15,6 +15,7 @@ from privfed.errors import ConfigError, ModelError
 from privfed.federation.client import Client, Holder
 from privfed.federation.local import ExampleDp, LocalTrainer, in_head
 from privfed.federation.material import Material, plans
+from privfed.federation.meter import make_meter
 from privfed.federation.pairs import check_pairs, find_pairs
 from privfed.federation.personal import PersonalStore
 from privfed.federation.phases import TRAIN, phases
@@ -239,6 +240,8 @@ def _phase(
             weight=_weight(len(shard), largest) if config.server.weighting == "examples" else 1.0,
         )
 
+    central = _central(config, phase_plan, plan, codec, sharing.largest(phase_plan.rounds))
+    noise = central.noise_multiplier * central.sensitivity / phase_plan.cohort_size if central else 0.0
     return Phase(
         plan=phase_plan,
         server=server,
@@ -250,7 +253,8 @@ def _phase(
         masked=masked,
         threshold=config.secagg.threshold,
         weighted=config.server.weighting == "examples",
-        central=_central(config, phase_plan, plan, codec, sharing.largest(phase_plan.rounds)),
+        central=central,
+        meter=make_meter(sharing, codec, trainer, noise) if server.meter else None,
         poisson_clients=config.privacy.unit == "client",
         seed=config.seed,
         config_digest=config.digest(),

@@ -16,6 +16,7 @@ from privfed.federation.checkpoint import Checkpoint, load_checkpoint, save_chec
 from privfed.federation.client import Holder
 from privfed.federation.evaluate import Score, evaluate
 from privfed.federation.folder import RunFolder
+from privfed.federation.meter import NOTE, MeterReading
 from privfed.federation.pairs import read_named, write_named
 from privfed.federation.phases import TRAIN
 from privfed.federation.progress import Progress
@@ -123,6 +124,8 @@ class _Loop:
             epsilon = self.spent(plan.name, state.round)
             self._add(report)
             self.folder.log(_round_record(report, epsilon))
+            if report.meter:
+                self.folder.log(_meter_record(report, report.meter))
             due = state.round % self.stage.phase.server.evaluate_every == 0 or state.round == plan.rounds
             score = self._evaluate(state) if due else None
             self.totals["seconds"] = self.totals.get("seconds", 0.0) + time.perf_counter() - before
@@ -166,6 +169,18 @@ class _Loop:
         for key, value in (("bytes_up", report.bytes_up), ("bytes_down", report.bytes_down)):
             self.totals[key] = self.totals.get(key, 0.0) + value
         self.totals["train_seconds"] = self.totals.get("train_seconds", 0.0) + report.seconds["train"]
+
+
+def _meter_record(report: RoundReport, reading: MeterReading) -> dict[str, object]:
+    return {
+        "kind": "simulation",
+        "phase": report.phase,
+        "round": report.round,
+        "aggregation_error": reading.error,
+        "aggregation_error_relative": reading.relative,
+        "noise_product": reading.noise_product,
+        "note": NOTE,
+    }
 
 
 def _round_record(report: RoundReport, epsilon: float | None) -> dict[str, object]:
