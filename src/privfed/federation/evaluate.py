@@ -6,7 +6,7 @@ Shape suffixes: N examples, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from privfed.models.examples import Examples, microbatches
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A model's quality on the test split."""
+    """A model's quality on the test split; ``right_N`` is 1 where its answer is right."""
 
     accuracy: float
     macro_f1: float
@@ -28,6 +28,7 @@ class Score:
     n: int
     majority: float
     per_class: tuple[dict[str, Any], ...]
+    right_N: NDArray[np.float64] = field(repr=False)
 
 
 def evaluate(module: nn.Module, examples: Examples, label_names: Sequence[str], *, size: int = 64) -> Score:
@@ -51,6 +52,19 @@ def evaluate(module: nn.Module, examples: Examples, label_names: Sequence[str], 
             predicted_N[rows] = logits.argmax(dim=1).numpy()
             truth_N[rows] = batch.labels_B.numpy()
     return _score(predicted_N, truth_N, label_names, loss / max(1, len(examples)))
+
+
+def right_answers(
+    module: nn.Module, examples: Examples, rows: NDArray[np.int64], *, size: int = 64
+) -> NDArray[np.float64]:
+    """Return 1 where the module's answer to an example of ``rows`` is right, else 0, in the order of ``rows``."""
+    right_N = np.zeros(len(examples), dtype=np.float64)
+    module.eval()
+    with torch.no_grad():
+        for some in microbatches(examples, rows, size):
+            batch = examples.batch(some)
+            right_N[some] = (examples.logits(module, batch).argmax(dim=1) == batch.labels_B).cpu().numpy()
+    return right_N[rows]
 
 
 def _score(
@@ -80,4 +94,5 @@ def _score(
         n=len(truth_N),
         majority=float(support.max() / max(1, len(truth_N))),
         per_class=per_class,
+        right_N=(predicted_N == truth_N).astype(np.float64),
     )

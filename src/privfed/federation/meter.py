@@ -63,7 +63,7 @@ class Meter:
         sharing: The rule and its tensors.
         codec: Reads what clients sent.
         frozen: Every pair's factors that are not trained, by name; carried ones come with the round.
-        deviation: Maps a client's number of examples to the noise on a value of its update; None where clients add none.
+        deviation: Maps a client's number of examples to the noise on a value of its update; None where they add none.
         central: The noise on a value of the average, where the server adds it; else 0.
     """
 

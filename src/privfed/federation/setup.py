@@ -13,6 +13,7 @@ from privfed.compression import CODECS, Codec, Ring
 from privfed.config import RunConfig
 from privfed.errors import ConfigError, ModelError
 from privfed.federation.client import Client, Holder
+from privfed.federation.fairness import Fairness, make_fairness
 from privfed.federation.local import ExampleDp, LocalTrainer, in_head
 from privfed.federation.material import Material, plans
 from privfed.federation.meter import make_meter
@@ -53,13 +54,14 @@ class Workbench:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One phase ready to run: the module that trains, its examples, and the phase itself."""
+    """One phase ready to run: the module that trains, its examples, the phase itself, what clients are scored on."""
 
     module: nn.Module
     train: Examples
     test: Examples
     trainer: LocalTrainer
     phase: Phase
+    fairness: Fairness | None = None
 
 
 def build(config: RunConfig, material: Material, progress: Progress) -> Workbench:
@@ -124,8 +126,22 @@ def make_stages(
         sharing = _sharing(config, module, prefix, client, server)
         trainer = LocalTrainer(module, prefix, train, client, dp)
         phase = _phase(config, material, phase_plan, server, sharing, trainer, plan, holder, own)
-        stages[name] = Stage(module=module, train=train, test=test, trainer=trainer, phase=phase)
+        fairness = _fairness(config, material) if name == TRAIN else None
+        stages[name] = Stage(module=module, train=train, test=test, trainer=trainer, phase=phase, fairness=fairness)
     return stages
+
+
+def _fairness(config: RunConfig, material: Material) -> Fairness | None:
+    data = material.dataset
+    return make_fairness(
+        material.shards,
+        train_labels=data.train.labels,
+        test_labels=data.test.labels,
+        test_clients=data.test.clients,
+        classes=len(data.label_names),
+        most=config.server.evaluate_clients,
+        seed=config.seed,
+    )
 
 
 def trained_head(tuned: TunedModel) -> nn.Module:

@@ -9,15 +9,21 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
 
 from privfed.config import RunConfig
 from privfed.errors import ConfigError
 from privfed.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from privfed.federation.client import Holder
-from privfed.federation.evaluate import Score, evaluate
+from privfed.federation.evaluate import Score, evaluate, right_answers
+from privfed.federation.fairness import Right
 from privfed.federation.folder import RunFolder
 from privfed.federation.meter import NOTE, MeterReading
 from privfed.federation.pairs import read_named, write_named
+from privfed.federation.personal import PERSONAL
 from privfed.federation.phases import TRAIN
 from privfed.federation.progress import Progress
 from privfed.federation.round import RoundReport, run_round
@@ -98,6 +104,16 @@ def set_state(stage: Stage, state: ServerState) -> None:
     write_named(stage.module, state.carried)
 
 
+def own_answers(stage: Stage, state: ServerState, client_id: str, rows: NDArray[np.int64]) -> Right | None:
+    """Return which answers of a client's own model to these test rows are right; None if it has no model yet."""
+    phase = stage.phase
+    own = phase.store.load(client_id, before=state.round + 1) if phase.store else {}
+    if PERSONAL not in own:
+        return None
+    write_flat(stage.module, phase.sharing.personal.put(state.params_D, own[PERSONAL]))
+    return right_answers(stage.module, stage.test, rows)
+
+
 @dataclass(slots=True)
 class _Loop:
     """The rounds of one phase."""
@@ -152,10 +168,26 @@ class _Loop:
                 "loss": score.loss if math.isfinite(score.loss) else None,
                 "n": score.n,
                 "majority": score.majority,
+                **self._clients(state, score),
             }
         )
         self.progress.evaluated(name, state.round, score.accuracy)
         return score
+
+    def _clients(self, state: ServerState, score: Score) -> dict[str, float | int | str]:
+        """Return how evenly the clients are served, as far as that can be said."""
+        stage, fairness = self.stage, self.stage.fairness
+        if fairness is None:
+            return {}
+        if stage.phase.store is None or not stage.phase.sharing.personal.size:
+            found = fairness.shared(score.right_N)
+        else:
+            found = fairness.personal(score.right_N, partial(own_answers, stage, state))
+            set_state(stage, state)
+        if found is None:
+            return {}
+        self.totals |= {"clients_mean": found.mean, "clients_worst_tenth": found.worst_tenth}
+        return found.record()
 
     def _save(self, state: ServerState) -> None:
         save_checkpoint(
