@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,14 @@ class Score:
             (how often the likeliest token is the right one) and tokens, their number.
         n: Number of examples.
         per_class: Precision, recall and F1 of each class.
+        right_N: Of classes: 1 where the answer is right, else 0.
     """
 
     primary: str
     metrics: Mapping[str, float]
     n: int
     per_class: tuple[dict[str, Any], ...] = ()
+    right_N: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
 
     @property
     def value(self) -> float:
@@ -79,6 +81,20 @@ def _classes(
     return _class_score(predicted_N, examples.labels.numpy(), label_names, loss / max(1, len(examples)))
 
 
+def right_answers(
+    module: nn.Module, examples: Examples, rows: NDArray[np.int64], *, size: int = 64
+) -> NDArray[np.float64]:
+    """Return 1 where the module's answer to an example of ``rows`` is right, else 0, in the order of ``rows``."""
+    right_N = np.zeros(len(examples), dtype=np.float64)
+    module.eval()
+    with torch.no_grad():
+        for some in microbatches(examples, rows, size):
+            batch = examples.batch(some)
+            answers_B = examples.logits(module, batch).argmax(dim=1).cpu()
+            right_N[some] = (answers_B == batch.labels_B.cpu()).numpy()
+    return right_N[rows]
+
+
 def _class_score(
     predicted_N: NDArray[np.int64], truth_N: NDArray[np.int64], label_names: Sequence[str], loss: float
 ) -> Score:
@@ -106,7 +122,8 @@ def _class_score(
         "loss": loss,
         "majority": float(support.max() / max(1, len(truth_N))),
     }
-    return Score(primary="accuracy", metrics=metrics, n=len(truth_N), per_class=per_class)
+    right_N = (predicted_N == truth_N).astype(np.float64)
+    return Score(primary="accuracy", metrics=metrics, n=len(truth_N), per_class=per_class, right_N=right_N)
 
 
 def _tokens(module: nn.Module, examples: LanguageExamples, size: int) -> Score:

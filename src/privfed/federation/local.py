@@ -154,7 +154,7 @@ class LocalTrainer:
         extra: dict[str, torch.Tensor] = {}
         if correction_D is not None:
             parts = torch.split(torch.from_numpy(correction_D), [p.numel() for _, p in active])
-            extra = {name: part.view_as(p) for (name, p), part in zip(active, parts, strict=True)}
+            extra = {name: part.view_as(p).to(p.device) for (name, p), part in zip(active, parts, strict=True)}
 
         def nudge() -> None:
             for name, parameter in active:

@@ -26,9 +26,12 @@ def find_pairs(module: nn.Module) -> tuple[Pair, ...]:
             continue
         linear, embedding = (f"{place}.lora_A.{ADAPTER}.weight", f"{place}.lora_embedding_A.{ADAPTER}")
         a = linear if linear in names else embedding
+        core = f"{place}.lora_B.{ADAPTER}.R.weight"
+        b = a.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         pair = Pair(
             a=a,
-            b=a.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B"),
+            b=f"{place}.lora_B.{ADAPTER}.B" if core in names else b,
+            core=core if core in names else None,
             weight=f"{place}.base_layer.weight",
             scale=float(scale[ADAPTER]),
             transposed=bool(getattr(layer, "fan_in_fan_out", False)) or a == embedding,

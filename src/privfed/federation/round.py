@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from privfed.errors import BudgetExceededError, LedgerError, ThresholdError
 from privfed.federation.client import Broadcast, Client, Holder
 from privfed.federation.cohort import balanced_cohort, poisson_cohort
 from privfed.federation.collect import Collected, Link, MaskedLink, PlainLink
+from privfed.federation.meter import Meter, MeterReading
 from privfed.federation.personal import PersonalStore
 from privfed.federation.progress import Progress
 from privfed.federation.sharing import Sharing
@@ -25,7 +26,7 @@ from privfed.federation.state import ServerState, rule_step, server_step, variat
 from privfed.privacy.noise import privatise_sum
 from privfed.privacy.plan import PhasePlan
 from privfed.schedule import ServerConfig
-from privfed.types import EncodedSum, Float32, ParamLayout, PrivacyEvent
+from privfed.types import EncodedSum, ParamLayout, PrivacyEvent
 
 RING_BITS = 32
 
@@ -60,6 +61,7 @@ class Phase:
     threshold: float
     weighted: bool
     central: CentralNoise | None
+    meter: Callable[[], Meter] | None
     poisson_clients: bool
     seed: int
     config_digest: str
@@ -72,7 +74,11 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
-    """What happened in a round; nothing in it was computed from one client's data alone, but for who dropped."""
+    """What happened in a round.
+
+    Nothing in it was computed from one client's data alone, but for who dropped, and for the meter: a simulator's
+    figure that is no part of the release.
+    """
 
     phase: str
     round: int
@@ -85,12 +91,14 @@ class RoundReport:
     bytes_down: int
     update_norm: float
     saturated: int | None
+    meter: MeterReading | None
 
 
 @dataclass(slots=True)
 class _Tally:
     """Running figures of one round."""
 
+    meter: Meter | None
     dropped: list[tuple[str, str]] = field(default_factory=list)
     saturated: int = 0
     train_seconds: float = 0.0
@@ -118,7 +126,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         params_D=phase.sharing.shared.take(state.params_D),
         carried=state.carried,
     ).to_bytes()
-    tally = _Tally()
+    tally = _Tally(meter=phase.meter() if phase.meter else None)
     collected, lost = _exchange(cohort, broadcast, state, phase, holder, progress, tally)
     mean_M = None if lost else _mean(collected.total, phase, holder, number, broadcast)
     after = _advance(state, mean_M, collected, phase)
@@ -141,6 +149,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         bytes_down=collected.bytes_down + len(broadcast) * len(cohort),
         update_norm=0.0 if mean_M is None else float(np.linalg.norm(mean_M)),
         saturated=None if phase.central else tally.saturated,
+        meter=tally.meter.read(number) if tally.meter and not lost else None,
     )
     return after, report
 
@@ -172,7 +181,7 @@ def _exchange(
     with _timed(tally):
         link.open()
     for client_id in cohort:
-        _serve(link, phase.clients[client_id], broadcast, state.params_D, progress, tally)
+        _serve(link, phase.clients[client_id], broadcast, state, progress, tally)
     try:
         with _timed(tally):
             collected = link.close()
@@ -201,15 +210,20 @@ def _link(cohort: tuple[str, ...], number: int, phase: Phase, holder: Holder) ->
     )
 
 
-def _serve(link: Link, client: Client, broadcast: bytes, start_D: Float32, progress: Progress, tally: _Tally) -> None:
+def _serve(link: Link, client: Client, broadcast: bytes, state: ServerState, progress: Progress, tally: _Tally) -> None:
     """Let one client train and send; whatever goes wrong in it drops it from the round."""
     client_id = client.shard.client_id
     started = time.perf_counter()
     try:
-        encoded = client.respond(broadcast, lambda step, steps: progress.step_done(client_id, step, steps), start_D)
+        encoded = client.respond(
+            broadcast, lambda step, steps: progress.step_done(client_id, step, steps), state.params_D
+        )
         tally.train_seconds += time.perf_counter() - started
         with _timed(tally):
             link.send(client_id, encoded, client.weight)
+        if tally.meter:
+            masked = isinstance(link, MaskedLink)
+            tally.meter.sent(state, encoded, client.weight, len(client.shard), masked=masked)
         tally.saturated += encoded.saturated
     except (BudgetExceededError, LedgerError):
         raise

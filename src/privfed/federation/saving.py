@@ -23,6 +23,11 @@ PERSONAL_PARTS = (
     "shared parts only. clients/ holds each simulated client's own model, which in a deployment never leaves it."
 )
 
+CLIENTS = (
+    "clients_mean and clients_worst_tenth, of each client's accuracy on {basis}, are simulation figures: computed from "
+    "the clients' data without noise, and not part of the release."
+)
+
 
 def save_model(tuned: TunedModel, stage: Stage, folder: Path) -> None:
     """Write the server's model to ``folder``: an adapter, or the merged model where the rule changed base weights.
@@ -74,4 +79,6 @@ def notes(stage: Stage) -> tuple[str, ...]:
         names = sharing.personal.names
         shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
         found.append(PERSONAL_PARTS.format(names=shown))
+    if stage.fairness is not None:
+        found.append(CLIENTS.format(basis=stage.fairness.basis))
     return tuple(found)

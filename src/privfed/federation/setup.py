@@ -15,8 +15,10 @@ from privfed.config import RunConfig
 from privfed.data import AnySplit
 from privfed.errors import ConfigError, ModelError
 from privfed.federation.client import Client, Holder
+from privfed.federation.fairness import Fairness, make_fairness
 from privfed.federation.local import ExampleDp, LocalTrainer, in_head
 from privfed.federation.material import Material, plans
+from privfed.federation.meter import make_meter
 from privfed.federation.pairs import check_pairs, find_pairs
 from privfed.federation.personal import PersonalStore
 from privfed.federation.phases import TRAIN, phases
@@ -55,13 +57,14 @@ class Workbench:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One phase ready to run: the module that trains, its examples, and the phase itself."""
+    """One phase ready to run: the module that trains, its examples, the phase itself, what clients are scored on."""
 
     module: nn.Module
     train: Examples
     test: Examples
     trainer: LocalTrainer
     phase: Phase
+    fairness: Fairness | None = None
 
 
 def build(config: RunConfig, material: Material, progress: Progress) -> Workbench:
@@ -127,8 +130,22 @@ def make_stages(
         sharing = _sharing(config, module, prefix, client, server)
         trainer = LocalTrainer(module, prefix, train, client, dp)
         phase = _phase(config, material, phase_plan, server, sharing, trainer, plan, holder, own)
-        stages[name] = Stage(module=module, train=train, test=test, trainer=trainer, phase=phase)
+        fairness = _fairness(config, material) if name == TRAIN else None
+        stages[name] = Stage(module=module, train=train, test=test, trainer=trainer, phase=phase, fairness=fairness)
     return stages
+
+
+def _fairness(config: RunConfig, material: Material) -> Fairness | None:
+    data = material.dataset
+    return make_fairness(
+        material.shards,
+        train_labels=data.train.labels,
+        test_labels=data.test.labels,
+        test_clients=data.test.clients,
+        classes=len(data.label_names),
+        most=config.server.evaluate_clients,
+        seed=config.seed,
+    )
 
 
 def trained_head(tuned: TunedModel) -> nn.Module:
@@ -255,6 +272,8 @@ def _phase(
             weight=_weight(len(shard), largest) if config.server.weighting == "examples" else 1.0,
         )
 
+    central = _central(config, phase_plan, plan, codec, sharing.largest(phase_plan.rounds))
+    noise = central.noise_multiplier * central.sensitivity / phase_plan.cohort_size if central else 0.0
     return Phase(
         plan=phase_plan,
         server=server,
@@ -266,7 +285,8 @@ def _phase(
         masked=masked,
         threshold=config.secagg.threshold,
         weighted=config.server.weighting == "examples",
-        central=_central(config, phase_plan, plan, codec, sharing.largest(phase_plan.rounds)),
+        central=central,
+        meter=make_meter(sharing, codec, trainer, noise) if server.meter else None,
         poisson_clients=config.privacy.unit == "client",
         seed=config.seed,
         config_digest=config.digest(),

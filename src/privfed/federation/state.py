@@ -51,7 +51,7 @@ def first_state(phase: str, params_D: Float32, carried: Tensors, sharing: Sharin
     """
     state = ServerState(phase=phase, round=0, params_D=params_D, carried=dict(carried))
     setting = Setting(pairs=sharing.pairs, seed=sharing.seed, round=0)
-    changed = sharing.rule.start({**_tensors(sharing.layout, params_D), **carried}, setting)
+    changed = sharing.rule.start({**tensors_of(sharing.layout, params_D), **carried}, setting)
     state = _with(state, changed, sharing)
     if sharing.rule.variates:
         control = np.zeros(sharing.shared.size, dtype=np.float32)
@@ -145,14 +145,14 @@ def _moved(params_D: Float32, delta_M: NDArray[np.float64], sent: Selection) -> 
     return sent.put(params_D, (sent.take(params_D) + delta_M).astype(np.float32))
 
 
-def _tensors(layout: ParamLayout, values_D: Float32) -> dict[str, Float32]:
+def tensors_of(layout: ParamLayout, values_D: Float32) -> dict[str, Float32]:
     """Return views of the flat vector by name."""
     parts = np.split(values_D, np.cumsum(layout.sizes)[:-1])
     return {name: part.reshape(shape) for name, shape, part in zip(layout.names, layout.shapes, parts, strict=True)}
 
 
 def _state_tensors(state: ServerState, sharing: Sharing, params_D: Float32) -> dict[str, Float32]:
-    return {**_tensors(sharing.layout, params_D), **state.carried}
+    return {**tensors_of(sharing.layout, params_D), **state.carried}
 
 
 def _with(state: ServerState, changed: Tensors, sharing: Sharing) -> ServerState:
@@ -160,6 +160,6 @@ def _with(state: ServerState, changed: Tensors, sharing: Sharing) -> ServerState
         return state
     layout = sharing.layout
     carried = {name: changed.get(name, value) for name, value in state.carried.items()}
-    old = _tensors(layout, state.params_D)
+    old = tensors_of(layout, state.params_D)
     params_D = np.concatenate([np.ravel(changed.get(name, old[name])) for name in layout.names])
     return replace(state, params_D=params_D.astype(np.float32, copy=False), carried=carried)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from privfed.federation.material import Material
     from privfed.privacy.ledger import Ledger
 
+CLIENT_SCORES = ("clients_mean", "clients_worst_tenth")
 _DELTAS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
 
@@ -62,6 +63,7 @@ def receipt_facts(
         utility["base_perplexity"] = outcome.totals["base_perplexity"]
     if outcome.probe_accuracy is not None:
         utility["probe_accuracy"] = outcome.probe_accuracy
+    utility |= {name: outcome.totals[name] for name in CLIENT_SCORES if name in outcome.totals}
     source: Literal["none", "reproducible", "csprng"] = "reproducible" if privacy.reproducible_noise else "csprng"
     if not privacy.on:
         source = "none"

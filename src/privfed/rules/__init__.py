@@ -31,6 +31,7 @@ class Pair:
         weight: Name of the base weight.
         scale: What the product is multiplied by.
         transposed: Whether the base weight is stored as [in, out].
+        core: Name of an [r, r] matrix R between the two, where there is one (Fed-SB: B R A).
     """
 
     a: str
@@ -38,6 +39,7 @@ class Pair:
     weight: str
     scale: float
     transposed: bool = False
+    core: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

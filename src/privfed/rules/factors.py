@@ -23,9 +23,10 @@ def a_of(tensors: Tensors, pair: Pair) -> Float64:
 
 
 def b_of(tensors: Tensors, pair: Pair) -> Float64:
-    """Return B [M, R]."""
+    """Return B [M, R], or B times what is between B and A."""
     b = tensors[pair.b]
-    return b.reshape(b.shape[0], -1).astype(np.float64)
+    b_MR = b.reshape(b.shape[0], -1).astype(np.float64)
+    return b_MR if pair.core is None else b_MR @ tensors[pair.core]
 
 
 def product(tensors: Tensors, pair: Pair) -> Float64:

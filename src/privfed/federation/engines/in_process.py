@@ -8,14 +8,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
 
 from privfed.config import RunConfig
 from privfed.errors import ConfigError
 from privfed.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from privfed.federation.client import Holder
-from privfed.federation.evaluate import Score, evaluate
+from privfed.federation.evaluate import Score, evaluate, right_answers
+from privfed.federation.fairness import Right
 from privfed.federation.folder import RunFolder
+from privfed.federation.meter import NOTE, MeterReading
 from privfed.federation.pairs import read_named, write_named
+from privfed.federation.personal import PERSONAL
 from privfed.federation.phases import TRAIN
 from privfed.federation.progress import Progress
 from privfed.federation.round import RoundReport, run_round
@@ -96,6 +103,16 @@ def set_state(stage: Stage, state: ServerState) -> None:
     write_named(stage.module, state.carried)
 
 
+def own_answers(stage: Stage, state: ServerState, client_id: str, rows: NDArray[np.int64]) -> Right | None:
+    """Return which answers of a client's own model to these test rows are right; None if it has no model yet."""
+    phase = stage.phase
+    own = phase.store.load(client_id, before=state.round + 1) if phase.store else {}
+    if PERSONAL not in own:
+        return None
+    write_flat(stage.module, phase.sharing.personal.put(state.params_D, own[PERSONAL]))
+    return right_answers(stage.module, stage.test, rows)
+
+
 @dataclass(slots=True)
 class _Loop:
     """The rounds of one phase."""
@@ -122,6 +139,8 @@ class _Loop:
             epsilon = self.spent(plan.name, state.round)
             self._add(report)
             self.folder.log(_round_record(report, epsilon))
+            if report.meter:
+                self.folder.log(_meter_record(report, report.meter))
             due = state.round % self.stage.phase.server.evaluate_every == 0 or state.round == plan.rounds
             score = self._evaluate(state) if due else None
             self.totals["seconds"] = self.totals.get("seconds", 0.0) + time.perf_counter() - before
@@ -138,11 +157,27 @@ class _Loop:
         set_state(self.stage, state)
         score = evaluate(self.stage.module, self.stage.test, self.label_names)
         name = self.stage.phase.plan.name
-        self.folder.log({"kind": "eval", "phase": name, "round": state.round, **score.record()})
+        found = {**score.record(), **self._clients(state, score)}
+        self.folder.log({"kind": "eval", "phase": name, "round": state.round, **found})
         if state.round == 0 and score.primary == "perplexity":  # a language model can do its task before any tuning
             self.totals["base_perplexity"] = score.value
         self.progress.evaluated(name, state.round, score.primary, score.value)
         return score
+
+    def _clients(self, state: ServerState, score: Score) -> dict[str, float | int | str]:
+        """Return how evenly the clients are served, as far as that can be said."""
+        stage, fairness = self.stage, self.stage.fairness
+        if fairness is None:
+            return {}
+        if stage.phase.store is None or not stage.phase.sharing.personal.size:
+            found = fairness.shared(score.right_N)
+        else:
+            found = fairness.personal(score.right_N, partial(own_answers, stage, state))
+            set_state(stage, state)
+        if found is None:
+            return {}
+        self.totals |= {"clients_mean": found.mean, "clients_worst_tenth": found.worst_tenth}
+        return found.record()
 
     def _save(self, state: ServerState) -> None:
         save_checkpoint(
@@ -156,6 +191,18 @@ class _Loop:
         for key, value in (("bytes_up", report.bytes_up), ("bytes_down", report.bytes_down)):
             self.totals[key] = self.totals.get(key, 0.0) + value
         self.totals["train_seconds"] = self.totals.get("train_seconds", 0.0) + report.seconds["train"]
+
+
+def _meter_record(report: RoundReport, reading: MeterReading) -> dict[str, object]:
+    return {
+        "kind": "simulation",
+        "phase": report.phase,
+        "round": report.round,
+        "aggregation_error": reading.error,
+        "aggregation_error_relative": reading.relative,
+        "noise_product": reading.noise_product,
+        "note": NOTE,
+    }
 
 
 def _round_record(report: RoundReport, epsilon: float | None) -> dict[str, object]:
