@@ -6,15 +6,17 @@ Shape suffix: D trained values.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import msgpack
 import numpy as np
 
 from privfed.compression import Codec
-from privfed.errors import ClientError, ProtocolError
+from privfed.errors import ProtocolError
 from privfed.federation.local import LocalTrainer, StepDone
 from privfed.privacy.ledger import Charge, Ledger
+from privfed.privacy.mechanisms import AtWork, Terms
 from privfed.rng import PrivateStream
 from privfed.types import Encoded, Float32, PrivacyEvent, Shard, Update
 
@@ -23,17 +25,23 @@ _HEADER_BYTES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Broadcast:
-    """What the server sends to every client of a round."""
+    """What the server sends to every client of a round.
+
+    Attributes:
+        terms: What the privacy mechanism tells the clients.
+    """
 
     run_id: str
     phase: str
     round: int
     layout_digest: str
     params_D: Float32 = field(repr=False)
+    terms: Terms = ()
 
     def to_bytes(self) -> bytes:
         """Return the message."""
-        header: bytes = msgpack.packb([1, self.run_id, self.phase, self.round, self.layout_digest])
+        fields = [1, self.run_id, self.phase, self.round, self.layout_digest, *self.terms]
+        header: bytes = msgpack.packb(fields)
         return len(header).to_bytes(_HEADER_BYTES, "little") + header + self.params_D.astype("<f4").tobytes()
 
     @staticmethod
@@ -45,13 +53,17 @@ class Broadcast:
         """
         end = _HEADER_BYTES + int.from_bytes(message[:_HEADER_BYTES], "little")
         try:
-            version, run_id, phase, number, digest = msgpack.unpackb(message[_HEADER_BYTES:end])
+            version, run_id, phase, number, digest, *terms = msgpack.unpackb(message[_HEADER_BYTES:end])
         except (ValueError, msgpack.exceptions.UnpackException) as error:
             raise ProtocolError(f"The broadcast's header cannot be read: {error}.") from error
         if version != 1 or len(message) - end != 4 * size:
             raise ProtocolError(f"The broadcast holds {(len(message) - end) // 4} values, expected {size}.")
+        if not all(isinstance(term, float) and math.isfinite(term) for term in terms):
+            raise ProtocolError(f"The broadcast's terms are {terms}, expected finite numbers.")
         params_D = np.frombuffer(message[end:], dtype="<f4").astype(np.float32)
-        return Broadcast(run_id=run_id, phase=phase, round=number, layout_digest=digest, params_D=params_D)
+        return Broadcast(
+            run_id=run_id, phase=phase, round=number, layout_digest=digest, params_D=params_D, terms=tuple(terms)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +108,10 @@ class Holder:
             )
         )
 
+    def recorded(self, client_id: str, phase: str, round_number: int) -> str | None:
+        """Return the input digest of the first charge of a client's round, or None if it was never charged."""
+        return self.ledger.first_input(self.ledger_run_id, client_id, phase, round_number)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
@@ -103,7 +119,7 @@ class Client:
 
     Attributes:
         event: What a participation costs an example of this client, or None without example-level privacy.
-        clip: Bound on the update's norm under client-level privacy, or None.
+        mechanism: What bounds the update under client-level privacy, or None.
         weight: Aggregation weight, at most 1.
     """
 
@@ -114,7 +130,7 @@ class Client:
     layout_digest: str
     size: int
     event: PrivacyEvent | None
-    clip: float | None
+    mechanism: AtWork | None
     weight: float
 
     def respond(self, broadcast: bytes, on_step: StepDone) -> Encoded:
@@ -134,35 +150,21 @@ class Client:
         digest = hashlib.sha256(broadcast).hexdigest()
         place = (self.shard.client_id, received.phase, received.round)
         stream = self.holder.stream("train", *place, digest)
-        update = self._bounded(self.trainer.run(received.params_D, self.shard, stream, on_step))
+        update = self._bounded(self.trainer.run(received.params_D, self.shard, stream, on_step), received.terms)
         rounding = self.holder.stream("encode", *place, digest)
         encoded = self.codec.encode(update.delta_D * np.float32(self.weight), rounding)
         if self.event is not None:
             self.holder.charge(*place, digest, self.event)
         return encoded
 
-    def _bounded(self, delta_D: Float32) -> Update:
-        if self.clip is not None:
-            delta_D = clip_update(delta_D, self.clip)
+    def _bounded(self, delta_D: Float32, terms: Terms) -> Update:
+        bound = None
+        if self.mechanism is not None:
+            delta_D, bound = self.mechanism.bounded(delta_D, terms)
         return Update(
             client_id=self.shard.client_id,
             delta_D=delta_D,
             layout_digest=self.layout_digest,
-            l2_bound=self.clip,
+            l2_bound=bound,
             weight=self.weight,
         )
-
-
-def clip_update(delta_D: Float32, l2_clip_norm: float) -> Float32:
-    """Return ``delta_D`` scaled down to norm <= ``l2_clip_norm``, computed in float64.
-
-    Raises:
-        ClientError: If a value is not finite.
-    """
-    norm = float(np.linalg.norm(delta_D.astype(np.float64)))
-    if not np.isfinite(norm):
-        raise ClientError("The local update is not finite (NaN or infinity): lower client.learning_rate.")
-    if norm <= l2_clip_norm * (1 - 1e-6):
-        return delta_D
-    # the slack keeps the rounding to float32 from lifting the norm above the bound
-    return (delta_D.astype(np.float64) * (l2_clip_norm * (1 - 1e-6) / norm)).astype(np.float32)

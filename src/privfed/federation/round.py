@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,32 +20,21 @@ from privfed.federation.cohort import balanced_cohort, poisson_cohort
 from privfed.federation.collect import Collected, Link, MaskedLink, PlainLink
 from privfed.federation.progress import Progress
 from privfed.federation.state import ServerState, server_step
-from privfed.privacy.noise import privatise_sum
+from privfed.privacy.mechanisms import AtWork, Memory, Moment, Release
 from privfed.privacy.plan import PhasePlan
 from privfed.schedule import ServerConfig
-from privfed.types import EncodedSum, ParamLayout, PrivacyEvent
+from privfed.types import EncodedSum, ParamLayout
 
 RING_BITS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CentralNoise:
-    """Client-level privacy by a trusted server (DP-FedAvg).
+class Phase:
+    """Everything one phase of a run needs, fixed over its rounds.
 
     Attributes:
-        event: What one round costs a client.
-        sensitivity: Largest change of the decoded sum when one client joins or leaves: the clip, through the codec.
-        noise_multiplier: Standard deviation of the noise over the sensitivity.
+        central: The mechanism of client-level privacy, at a trusted server, or None.
     """
-
-    event: PrivacyEvent
-    sensitivity: float
-    noise_multiplier: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """Everything one phase of a run needs, fixed over its rounds."""
 
     plan: PhasePlan
     server: ServerConfig
@@ -56,10 +45,14 @@ class Phase:
     masked: bool
     threshold: float
     weighted: bool
-    central: CentralNoise | None
-    poisson_clients: bool
+    central: AtWork | None
     seed: int
     config_digest: str
+
+    @property
+    def message_size(self) -> int:
+        """M: the trained values, and what the mechanism sends behind them."""
+        return self.layout.size + (self.central.extra if self.central else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,19 +101,21 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         round=number,
         layout_digest=phase.layout.digest,
         params_D=state.params_D,
+        terms=phase.central.terms(state.mechanism) if phase.central else (),
     ).to_bytes()
     tally = _Tally()
     collected, lost = _exchange(cohort, broadcast, number, phase, holder, progress, tally)
     taken = {**state.taken, **{client: state.taken.get(client, 0) + 1 for client in cohort}}
-    mean_D = None if lost else _mean(collected.total, phase, holder, number, broadcast)
-    after = _advance(state, mean_D, phase, taken)
+    release = _release(collected.total, phase, holder, state.mechanism, number, broadcast, lost)
+    mean_D = release.mean_D
+    after = _advance(replace(state, mechanism=release.memory), mean_D, phase, taken)
     report = RoundReport(
         phase=phase.plan.name,
         round=number,
         cohort=len(cohort),
         survivors=len(collected.survivors),
         dropped=tuple(tally.dropped),
-        lost=lost,
+        lost=release.lost,
         seconds={
             "total": time.perf_counter() - started,
             "train": tally.train_seconds,
@@ -138,9 +133,9 @@ def _cohort(state: ServerState, phase: Phase, holder: Holder) -> tuple[str, ...]
     names = sorted(phase.clients)
     plan = phase.plan
     number = state.round + 1
-    if phase.poisson_clients:
-        stream = holder.stream("cohort", plan.name, number)
-        return poisson_cohort(names, plan.cohort_size / plan.clients, stream)
+    if phase.central:
+        eligible, probability = phase.central.sampled(names, number)
+        return poisson_cohort(eligible, probability, holder.stream("cohort", plan.name, number))
     return balanced_cohort(names, state.taken, plan.cohort_size, seed=phase.seed, phase=plan.name, round_number=number)
 
 
@@ -167,14 +162,14 @@ def _exchange(
             collected = link.close()
     except ThresholdError as error:
         return nothing, str(error)
-    if collected.total is None:
+    if collected.total is None and phase.central is None:
         return collected, "no client survived"
     return collected, None
 
 
 def _link(cohort: tuple[str, ...], number: int, phase: Phase, holder: Holder) -> Link:
     if not phase.masked:
-        return PlainLink(phase.codec_name, phase.layout.size)
+        return PlainLink(phase.codec_name, phase.message_size)
     # a fresh nonce: keys of a round that a crash cut short never meet those of its repetition
     label = f"{holder.run_id}/{phase.plan.name}/{number}/{time.time_ns()}"
     return MaskedLink(
@@ -182,7 +177,7 @@ def _link(cohort: tuple[str, ...], number: int, phase: Phase, holder: Holder) ->
         round_id=hashlib.sha256(label.encode()).digest(),
         config_digest=bytes.fromhex(phase.config_digest),
         codec=phase.codec_name,
-        length=phase.layout.size,
+        length=phase.message_size,
         weighted=phase.weighted,
         threshold=phase.threshold,
         ring_bits=RING_BITS,
@@ -203,26 +198,27 @@ def _serve(link: Link, client: Client, broadcast: bytes, progress: Progress, tal
         raise
     except Exception as error:  # noqa: BLE001  (any failure of one client must cost the round only that client)
         # under client level a message could carry a figure of the protected client: its kind has to do
-        reason = type(error).__name__ if client.clip is not None else f"{type(error).__name__}: {error}"
+        reason = type(error).__name__ if client.mechanism is not None else f"{type(error).__name__}: {error}"
         tally.dropped.append((client_id, reason))
         progress.client_dropped(client_id, reason)
     progress.client_done(client_id)
 
 
-def _mean(total: EncodedSum | None, phase: Phase, holder: Holder, number: int, broadcast: bytes) -> NDArray[np.float64]:
+def _release(
+    total: EncodedSum | None,
+    phase: Phase,
+    holder: Holder,
+    memory: Memory,
+    number: int,
+    broadcast: bytes,
+    lost: str | None,
+) -> Release:
     """Return the averaged update [D]; under client level noised, charged, and over a public denominator."""
-    sum_D = np.zeros(phase.layout.size) if total is None else phase.codec.decode_sum(total)
+    sum_M = np.zeros(phase.message_size) if total is None else phase.codec.decode_sum(total)
     if phase.central is None:
-        return sum_D / (total.total_weight if total else 1.0)
-    digest = hashlib.sha256(broadcast + sum_D.tobytes()).hexdigest()
-    noised_D = privatise_sum(
-        sum_D,
-        standard_deviation=phase.central.noise_multiplier * phase.central.sensitivity,
-        stream=holder.stream("noise", phase.plan.name, number, digest),
-        sensitivity=phase.central.sensitivity,
-    )
-    holder.charge("*", phase.plan.name, number, digest, phase.central.event)
-    return noised_D / phase.plan.cohort_size
+        return Release(mean_D=None if lost or total is None else sum_M / total.total_weight, memory=memory, lost=lost)
+    moment = Moment(phase=phase.plan.name, round=number, broadcast=broadcast, lost=lost)
+    return phase.central.release(None if lost else sum_M, moment, holder, memory)
 
 
 def _advance(
@@ -233,6 +229,7 @@ def _advance(
         round=state.round,
         params_D=state.params_D,
         optimizer=state.optimizer,
+        mechanism=state.mechanism,
         taken=taken,
     )
     if mean_D is not None:
@@ -242,6 +239,7 @@ def _advance(
         round=state.round + 1,
         params_D=state.params_D,
         optimizer=state.optimizer,
+        mechanism=state.mechanism,
         taken=taken,
     )
 

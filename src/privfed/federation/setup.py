@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from privfed.compression import CODECS, Codec, Ring
-from privfed.config import RunConfig
+from privfed.config import RunConfig, largest_clip
 from privfed.errors import ConfigError, ModelError
 from privfed.federation.client import Client, Holder
 from privfed.federation.local import ExampleDp, LocalTrainer
 from privfed.federation.material import Material, plans
 from privfed.federation.phases import TRAIN, phases
-from privfed.federation.round import RING_BITS, CentralNoise, Phase
+from privfed.federation.round import RING_BITS, Phase
 from privfed.models.examples import Examples, TextExamples, head_features
 from privfed.models.loading import LoadedModel, load_model
 from privfed.models.prefix import attach, find_prefix
+from privfed.privacy.mechanisms import AtWork, Site, built
 from privfed.privacy.plan import PhasePlan, Plan
 from privfed.rng import experiment_seed
 from privfed.schedule import ServerConfig
@@ -159,7 +160,7 @@ def _phase(
     codec = plugin.build(config.compression, Ring(bits=RING_BITS, clients=most) if masked else None)
     layout = layout_of(trainer.module)
     largest = max(len(shard) for shard in material.shards)
-    clip = config.privacy.l2_clip_norm if config.privacy.unit == "client" else None
+    central = _central(config, phase_plan, plan, codec, layout.size)
     clients = {
         shard.client_id: Client(
             shard=shard,
@@ -169,7 +170,7 @@ def _phase(
             layout_digest=layout.digest,
             size=layout.size,
             event=_participation(config, phase_plan, shard.client_id, plan),
-            clip=clip,
+            mechanism=central,
             weight=_weight(len(shard), largest) if config.server.weighting == "examples" else 1.0,
         )
         for shard in material.shards
@@ -184,8 +185,7 @@ def _phase(
         masked=masked,
         threshold=config.secagg.threshold,
         weighted=config.server.weighting == "examples",
-        central=_central(config, phase_plan, plan, codec, layout.size),
-        poisson_clients=config.privacy.unit == "client",
+        central=central,
         seed=config.seed,
         config_digest=config.digest(),
     )
@@ -208,8 +208,8 @@ def _participation(config: RunConfig, phase: PhasePlan, client: str, plan: Plan 
     )
 
 
-def _central(config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Codec, size: int) -> CentralNoise | None:
-    """Return the server's noise under client level.
+def _central(config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Codec, size: int) -> AtWork | None:
+    """Return the server's mechanism under client level.
 
     One client changes the decoded sum by at most the codec's bound on its clipped update (times 2 where a client is
     replaced, which the accountant's relation covers).
@@ -219,20 +219,28 @@ def _central(config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Code
     """
     if plan is None or config.privacy.unit != "client":
         return None
-    bound = codec.l2_bound(config.privacy.l2_clip_norm, size)
-    if bound is None:
-        raise ConfigError(
-            f"compression.name = {getattr(config.compression, 'name', None)!r} gives no bound on the encoded update, "
-            'which privacy.unit = "client" needs: use compression.name = "identity".'
-        )
-    event = PrivacyEvent(
-        unit="client",
-        noise_multiplier=plan.noise_multiplier * phase.noise_scale,
-        sampling_probability=phase.cohort_size / phase.clients,
-        steps=1,
+    name = getattr(config.compression, "name", None)
+
+    def bound(clip: float, length: int) -> float:
+        found = codec.l2_bound(clip, length)
+        if found is None:
+            raise ConfigError(
+                f"compression.name = {name!r} gives no bound on the encoded update, "
+                'which privacy.unit = "client" needs: use compression.name = "identity".'
+            )
+        return found
+
+    site = Site(
+        plan=phase,
+        noise_multiplier=plan.noise_multiplier,
         relation=config.privacy.neighboring_relation,
+        l2_clip_norm=config.privacy.l2_clip_norm,
+        largest_clip=largest_clip(config),
+        size=size,
+        bound=bound,
+        seed=config.seed,
     )
-    return CentralNoise(event=event, sensitivity=bound, noise_multiplier=event.noise_multiplier)
+    return built(config.privacy.mechanism).at_work(site)
 
 
 def set_deterministic() -> None:

@@ -24,6 +24,7 @@ class ServerState:
         round: Completed rounds of the phase.
         params_D: Global parameters.
         optimizer: The server optimiser's vectors by name.
+        mechanism: What the privacy mechanism keeps, by name.
         taken: How often each client was chosen in this phase.
     """
 
@@ -31,6 +32,7 @@ class ServerState:
     round: int
     params_D: Float32 = field(repr=False)
     optimizer: Mapping[str, Float32] = field(default_factory=dict, repr=False)
+    mechanism: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
     taken: Mapping[str, int] = field(default_factory=dict, repr=False)
 
 
@@ -66,5 +68,6 @@ def server_step(state: ServerState, mean_D: NDArray[np.float64], config: ServerC
         round=state.round + 1,
         params_D=(state.params_D + np.float32(config.learning_rate) * update).astype(np.float32),
         optimizer=vectors,
+        mechanism=state.mechanism,
         taken=state.taken,
     )
