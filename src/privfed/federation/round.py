@@ -20,7 +20,7 @@ from privfed.federation.cohort import balanced_cohort, poisson_cohort
 from privfed.federation.collect import Collected, Link, MaskedLink, PlainLink
 from privfed.federation.progress import Progress
 from privfed.federation.state import ServerState, server_step
-from privfed.privacy.mechanisms import AtWork, Memory, Moment, Release
+from privfed.privacy.mechanisms import AtWork, Memory, Moment, Release, Terms
 from privfed.privacy.plan import PhasePlan
 from privfed.schedule import ServerConfig
 from privfed.types import EncodedSum, ParamLayout
@@ -57,7 +57,11 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
-    """What happened in a round; nothing in it was computed from one client's data alone, but for who dropped."""
+    """What happened in a round; nothing in it was computed from one client's data alone, but for who dropped.
+
+    Attributes:
+        terms: What the privacy mechanism told the clients: with adaptive clipping, the clip first.
+    """
 
     phase: str
     round: int
@@ -70,6 +74,7 @@ class RoundReport:
     bytes_down: int
     update_norm: float
     saturated: int | None
+    terms: Terms
 
 
 @dataclass(slots=True)
@@ -95,13 +100,14 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
     number = state.round + 1
     cohort = _cohort(state, phase, holder)
     progress.round_started(phase.plan.name, number, phase.plan.rounds, len(cohort))
+    terms = phase.central.terms(state.mechanism) if phase.central else ()
     broadcast = Broadcast(
         run_id=holder.run_id,
         phase=phase.plan.name,
         round=number,
         layout_digest=phase.layout.digest,
         params_D=state.params_D,
-        terms=phase.central.terms(state.mechanism) if phase.central else (),
+        terms=terms,
     ).to_bytes()
     tally = _Tally()
     collected, lost = _exchange(cohort, broadcast, number, phase, holder, progress, tally)
@@ -125,6 +131,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         bytes_down=collected.bytes_down + len(broadcast) * len(cohort),
         update_norm=0.0 if mean_D is None else float(np.linalg.norm(mean_D)),
         saturated=None if phase.central else tally.saturated,
+        terms=terms,
     )
     return after, report
 

@@ -20,6 +20,7 @@ from privfed.privacy.calibrate import Stage
 from privfed.privacy.mechanisms import (
     MECHANISMS,
     REPEATED,
+    AtWork,
     Keeper,
     Mechanism,
     Memory,
@@ -76,7 +77,7 @@ class Gaussian:
         """Return the probability, by the union bound over rounds, without the protected client."""
         return phase.rounds * float(binom.cdf(1, phase.clients - 1, phase.cohort_size / phase.clients))
 
-    def at_work(self, site: Site) -> GaussianAtWork:
+    def at_work(self, site: Site) -> AtWork:
         """Return the mechanism for one phase."""
         event = self.event(site.plan, site.noise_multiplier, site.relation)
         return GaussianAtWork(
