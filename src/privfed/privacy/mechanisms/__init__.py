@@ -160,6 +160,10 @@ class ClientMechanism(Protocol):
     def small_cohorts(self, phase: PhasePlan) -> float:
         """Return a bound on the probability that some round samples fewer than two clients."""
 
+    def running_error(self, phase: PhasePlan, noise_multiplier: float) -> float:
+        """Return the noise in the model: root mean square over rounds of one value of all averages so far, over
+        the clip."""
+
     def at_work(self, site: Site) -> AtWork:
         """Return the mechanism ready for the rounds of one phase."""
 

@@ -123,6 +123,12 @@ class AdaptiveClipping(Gaussian):
             ),
         )
 
+    def running_error(self, phase: PhasePlan, noise_multiplier: float) -> float:
+        """Return the error of sums of independent noises, over the clip of the moment."""
+        event = self.event(phase, noise_multiplier, "add_or_remove_one")
+        both = _number(dict(event.parameters)["update_noise_multiplier"])
+        return both * math.sqrt((phase.rounds + 1) / 2) / phase.cohort_size
+
     def at_work(self, site: Site) -> AtWork:
         """Return the mechanism for one phase."""
         event = self.event(site.plan, site.noise_multiplier, site.relation)

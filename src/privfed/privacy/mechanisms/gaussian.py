@@ -7,6 +7,7 @@ Shape suffix: D trained values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -76,6 +77,10 @@ class Gaussian:
     def small_cohorts(self, phase: PhasePlan) -> float:
         """Return the probability, by the union bound over rounds, without the protected client."""
         return phase.rounds * float(binom.cdf(1, phase.clients - 1, phase.cohort_size / phase.clients))
+
+    def running_error(self, phase: PhasePlan, noise_multiplier: float) -> float:
+        """Return the error of sums of independent noises."""
+        return noise_multiplier * phase.noise_scale * math.sqrt((phase.rounds + 1) / 2) / phase.cohort_size
 
     def at_work(self, site: Site) -> AtWork:
         """Return the mechanism for one phase."""
