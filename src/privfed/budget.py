@@ -8,7 +8,8 @@ from typing import Any
 from privfed.config import RunConfig
 from privfed.errors import ConfigError
 from privfed.federation.phases import phase_plans
-from privfed.privacy.plan import affordable_rounds, make_plan
+from privfed.privacy.mechanisms import built
+from privfed.privacy.plan import PhasePlan, affordable_rounds, make_plan
 from privfed.types import VIEWS
 
 
@@ -52,6 +53,7 @@ def answer(
             "noise_multiplier": event.noise_multiplier,
             "sampling_probability": event.sampling_probability,
             "steps": event.steps,
+            **_noise_in_model(config, phase, plan.noise_multiplier),
         }
         for phase, event in zip(phases, worst, strict=True)
     ]
@@ -65,7 +67,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         f"{found['neighboring_relation']})",
         *(
             f"{phase['phase']}: {phase['rounds']} rounds, noise multiplier {phase['noise_multiplier']:.4f}, at most "
-            f"{phase['steps']} steps at sampling probability {phase['sampling_probability']:.4g}"
+            f"{phase['steps']} steps at sampling probability {phase['sampling_probability']:.4g}" + _model_noise(phase)
             for phase in found["phases"]
         ),
         *(
@@ -73,6 +75,20 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             for view, entry in found["views"].items()
         ),
     ]
+
+
+def _noise_in_model(config: RunConfig, phase: PhasePlan, noise: float) -> dict[str, Any]:
+    """Return what tells mechanisms of one budget apart: how much of their noise stays in the model."""
+    if config.privacy.unit != "client":
+        return {}
+    error = built(config.privacy.mechanism).running_error(phase, noise)
+    return {"mechanism": config.privacy.mechanism_name, "noise_in_model": error}
+
+
+def _model_noise(phase: Mapping[str, Any]) -> str:
+    if "mechanism" not in phase:
+        return ""
+    return f" ({phase['mechanism']}; the noise in the model's sum of averages is {phase['noise_in_model']:.4f} clips)"
 
 
 def _sizes(config: RunConfig, clients: int | None, shard_size: int | None) -> dict[str, int]:

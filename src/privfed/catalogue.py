@@ -13,6 +13,7 @@ from privfed.data import PARTITIONERS, SOURCES
 from privfed.errors import unknown_name
 from privfed.models import MODELS
 from privfed.models.recipes import RECIPES
+from privfed.privacy.mechanisms import MECHANISMS
 from privfed.registry import Registry
 from privfed.rules import RULES
 from privfed.tuning import TUNINGS
@@ -62,7 +63,7 @@ def _presets() -> dict[str, str]:
 def _mechanisms() -> dict[str, str]:
     return {
         "dp_sgd": 'privacy.unit = "example": clipped per-example gradients and Gaussian noise on each client',
-        "dp_fedavg": 'privacy.unit = "client": clipped updates, Gaussian noise by a trusted server',
+        **{name: f'privacy.unit = "client": {line}' for name, line in _plugins(MECHANISMS).items()},
         "none": 'privacy.unit = "none": no guarantee',
     }
 

@@ -23,8 +23,9 @@ from privfed.data.sharding import no_classes
 from privfed.errors import ConfigError, UnknownNameError, nearest, unknown_name
 from privfed.models.config import ModelConfig
 from privfed.privacy.config import PrivacyConfig
+from privfed.privacy.mechanisms import MECHANISMS
 from privfed.registry import Registry
-from privfed.rules import check_rule
+from privfed.rules import RULES, check_rule
 from privfed.schedule import ClientConfig, HeadWarmStart, ServerConfig
 from privfed.table import Table
 from privfed.tuning import TUNINGS
@@ -149,7 +150,31 @@ class RunConfig(Table):
             unit=self.privacy.unit,
             masked=self.secagg.name == "masked",
         )
+        if self.privacy.unit == "client":
+            self._check_mechanism()
         return self
+
+    def _check_mechanism(self) -> None:
+        name, codec = self.privacy.mechanism_name, str(getattr(self.compression, "name", ""))
+        mechanism = MECHANISMS.get(name)
+        if mechanism.correlated and RULES.get(self.server.aggregation).alternates:
+            raise ValueError(
+                f"privacy.mechanism = {name!r} correlates the noise of one round with the next and "
+                f'server.aggregation = {self.server.aggregation!r} sends other values in each; use mechanism = "gaussian"'
+            )
+        known = mechanism.codecs
+        if known is not None and codec not in known:
+            raise ValueError(
+                f"compression.name = {codec!r} with privacy.mechanism = {name!r}: the mechanism sends values of its "
+                f"own that this codec may cut; use compression.name = {known[0]!r}"
+            )
+        most = largest_clip(self)
+        if most is not None and self.privacy.l2_clip_norm > most:
+            raise ValueError(
+                f"privacy.l2_clip_norm = {self.privacy.l2_clip_norm:g} is above compression.max_value = {most:g}: "
+                "clients with larger values would drop out of masked rounds, which depends on their data; raise "
+                "max_value or lower l2_clip_norm"
+            )
 
     def digest(self) -> str:
         """Return the SHA-256 of the resolved configuration."""
@@ -164,7 +189,16 @@ class RunConfig(Table):
         return tomli_w.dumps(self.to_dict())
 
 
-TAGGED = ("partition", "tuning", "compression", "head_warm_start", "secagg")
+MECHANISM = "privacy.mechanism"
+
+
+def largest_clip(config: RunConfig) -> float | None:
+    """Return the largest norm of an update of which no value can be beyond the codec's range; None for no limit."""
+    fails_beyond = config.secagg.name == "masked" and getattr(config.compression, "name", "") == "identity"
+    return float(getattr(config.compression, "max_value", math.inf)) if fails_beyond else None
+
+
+TAGGED = ("partition", "tuning", "compression", "head_warm_start", "secagg", MECHANISM)
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -250,7 +284,7 @@ def _read(source: str) -> dict[str, Any]:
 def _overridden(source: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the tables of ``source`` with overrides applied; a ``name`` first, since it may reset its table."""
     raw = _read(source)
-    names = [f"{table}.name" for table in TAGGED]
+    names = [*(f"{table}.name" for table in TAGGED), MECHANISM]
     for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() not in names):
         apply_override(raw, override)
     return raw
@@ -269,10 +303,12 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     table = raw
     for name in tables:
         table = table.setdefault(name, {})
+        if isinstance(table, str) and key.strip().startswith(f"{MECHANISM}."):
+            table = raw["privacy"]["mechanism"] = {"name": table}  # a name alone is short for its table
         if not isinstance(table, dict):
             raise ConfigError(f"-s {override}: {name!r} is a value, not a table.")
     value = _value(text.strip())
-    if last == "name" and len(tables) == 1 and tables[0] in TAGGED and _name(table, tables[0]) != value:
+    if last == "name" and ".".join(tables) in TAGGED and _name(table, ".".join(tables)) != value:
         table.clear()  # another plug-in: its options start from its own defaults
     if tables == ["data"] and last in ("name", "path"):
         table.pop("path" if last == "name" else "name", None)  # one replaces the other
@@ -312,15 +348,17 @@ def _sentences(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
 
 def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
     model: Any = RunConfig
-    for name in place:
-        section = raw.get(name, {})
-        registries: dict[str, Registry[Any]] = {
-            "partition": PARTITIONERS,
-            "tuning": TUNINGS,
-            "compression": CODECS,
-        }
+    registries: dict[str, Registry[Any]] = {
+        "partition": PARTITIONERS,
+        "tuning": TUNINGS,
+        "compression": CODECS,
+        "mechanism": MECHANISMS,
+    }
+    for depth, name in enumerate(place):
+        section = raw.get(name, {}) if isinstance(raw, Mapping) else {}
+        raw = section
         if name in registries and isinstance(section, Mapping):
-            model = registries[name].get(_name(section, name)).config
+            model = registries[name].get(_name(section, ".".join(place[: depth + 1]))).config
         else:
             field = model.model_fields.get(name)
             model = field.annotation if field else None
@@ -331,7 +369,8 @@ def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
 
 def _name(table: Mapping[str, Any], place: str) -> str:
     """Return the ``name`` that a table picks, by default where it does not say."""
-    default = RunConfig.model_fields[place].get_default(call_default_factory=True)
+    model: Any = PrivacyConfig if place == MECHANISM else RunConfig
+    default = model.model_fields[place.rpartition(".")[2]].get_default(call_default_factory=True)
     return str(table.get("name", getattr(default, "name", "")))
 
 

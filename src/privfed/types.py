@@ -5,7 +5,7 @@ Shape suffixes: D trained parameters, M encoded values, N examples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -17,6 +17,8 @@ Relation = Literal["add_or_remove_one", "replace_one"]
 View = Literal["individual", "aggregate", "release"]
 VIEWS: tuple[View, ...] = ("individual", "aggregate", "release")
 Float32 = NDArray[np.float32]
+EVERYONE = "*"
+"""The client of a charge that falls on all clients alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +53,16 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrivacyEvent:
-    """What happened to the data, never an epsilon: ``steps`` Poisson-sampled Gaussian mechanisms.
+    """What happened to the data, never an epsilon: at most ``steps`` Poisson-sampled Gaussian mechanisms.
 
     Attributes:
         unit: What one neighbouring data set adds or removes.
-        mechanism: Name of the noise; ``"gaussian"`` here.
+        mechanism: What was done: ``"gaussian"``, or a mechanism that so many Gaussian ones dominate.
         noise_multiplier: Standard deviation of the noise over the L2 sensitivity.
         sampling_probability: Probability with which each unit takes part in a step; 1 means all do.
         steps: How often the mechanism ran.
         relation: The neighbouring relation that the noise multiplier is stated for.
+        parameters: What the mechanism did besides, by name and sorted: the noise multiplier follows from it.
     """
 
     unit: Unit
@@ -68,6 +71,11 @@ class PrivacyEvent:
     sampling_probability: float
     steps: int
     relation: Relation = "add_or_remove_one"
+    parameters: tuple[tuple[str, float | tuple[float, ...]], ...] = ()
+
+    def one_step(self) -> PrivacyEvent:
+        """Return one step of this event."""
+        return replace(self, steps=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

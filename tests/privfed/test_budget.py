@@ -12,6 +12,7 @@ from privfed.budget import answer, lines
 from privfed.config import load_budget_config, load_config
 from privfed.errors import ConfigError
 from privfed.federation.material import gather, plan_privacy
+from privfed.privacy.mechanisms import MECHANISMS
 
 PLAIN = [
     "head_warm_start.name=none", "partition.clients=20", "server.cohort_size=5", "server.rounds=40",
@@ -69,6 +70,33 @@ def test_a_view_without_a_guarantee_has_no_epsilon(unit, views):
     text = "\n".join(lines(found))
     assert text.count("no guarantee") == 3 - len(views)
     assert f"{found['epsilon']:.4f}" in text and f"per {unit}" in text
+
+
+CLIENT = ("privacy.unit=client", "secagg.name=none", "partition.clients=200", "server.cohort_size=20")
+
+
+@pytest.mark.parametrize("name", MECHANISMS.names())
+def test_every_client_level_mechanism_answers_all_three_questions(name):
+    mechanism = f"privacy.mechanism={name}"
+    asked = ask(*CLIENT, mechanism, "privacy.target_epsilon=6")
+    noise = asked["noise_multiplier"]
+    assert asked["epsilon"] == pytest.approx(6, rel=5e-3) and asked["epsilon"] <= 6
+    given = ask(*CLIENT, mechanism, f"privacy.noise_multiplier={noise}", "privacy.target_epsilon=unset")
+    assert given["epsilon"] == pytest.approx(asked["epsilon"], rel=1e-6)
+    rounds = ask(*CLIENT, mechanism, f"privacy.noise_multiplier={noise}", "privacy.target_epsilon=6")
+    assert rounds["rounds"] >= 40 and rounds["epsilon"] <= 6
+    assert asked["views"]["release"]["epsilon"] == asked["epsilon"] and asked["views"]["aggregate"]["epsilon"] is None
+    (phase,) = asked["phases"]
+    assert phase["mechanism"] == name
+    text = "\n".join(lines(asked))
+    assert f"({name}; the noise in the model's sum of averages is {phase['noise_in_model']:.4f} clips)" in text
+
+
+def test_the_noise_in_the_model_is_that_of_independent_sums():
+    found = ask(*CLIENT, "privacy.noise_multiplier=1", "privacy.target_epsilon=unset")
+    assert found["phases"][0]["noise_in_model"] == pytest.approx((41 / 2) ** 0.5 / 20)
+    banded = ask(*CLIENT, "privacy.mechanism=banded", "privacy.noise_multiplier=1", "privacy.target_epsilon=unset")
+    assert banded["phases"][0]["noise_in_model"] < 0.7 * found["phases"][0]["noise_in_model"]
 
 
 def test_sizes_that_are_given_need_no_data():

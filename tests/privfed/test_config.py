@@ -243,6 +243,8 @@ def test_tables_are_frozen():
         ("model.task=translation", ["model.task = 'translation'", "'sequence_classification'"]),
         ("audit.record=true", ["audit.record = True", "False"]),
         ("data.name=unset", ["neither name nor path", "set name = 'pydoc'"]),
+        ("privacy.mechanism=gausian", ["Unknown mechanism 'gausian'", "Did you mean 'gaussian'"]),
+        ("privacy.mechanism.nam=3", ["Unknown key 'privacy.mechanism.nam'", "'name'"]),
         ("seed.x=3", ["-s seed.x=3", "'seed' is a value, not a table"]),
         ("seed", ["-s seed", "expected key=value"]),
         ("=3", ["-s =3", "expected key=value"]),
@@ -258,6 +260,14 @@ def test_tables_that_contradict_each_other():
     text = sentence("privacy.unit=client", "server.weighting=examples")
     assert 'server.weighting = "examples" with privacy.unit = "client"' in text and 'weighting = "uniform"' in text
     assert load_config("base.toml", ["server.cohort_size=1", "secagg.name=none"]).server.cohort_size == 1
+
+
+def test_a_clip_beyond_the_codecs_range_would_let_data_decide_who_drops_out():
+    client = ["privacy.unit=client", "privacy.l2_clip_norm=17"]
+    text = sentence(*client)
+    assert "privacy.l2_clip_norm = 17 is above compression.max_value = 16" in text and "raise max_value" in text
+    assert load_config("base.toml", [*client, "compression.max_value=17"]).privacy.l2_clip_norm == 17
+    assert load_config("base.toml", [*client, "secagg.name=none"]).privacy.l2_clip_norm == 17
 
 
 def test_every_problem_is_told_at_once():

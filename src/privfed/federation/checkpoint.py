@@ -38,8 +38,10 @@ class Checkpoint:
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` to ``path`` (safetensors with the small fields as metadata)."""
     state = checkpoint.state
-    tensors = {"params": state.params_D, **{f"optimizer.{k}": v for k, v in state.optimizer.items()}}
-    tensors |= {f"carried.{k}": v for k, v in state.carried.items()}
+    tensors: dict[str, Any] = {"params": state.params_D}
+    kinds = {"optimizer": state.optimizer, "mechanism": state.mechanism, "carried": state.carried}
+    for kind, vectors in kinds.items():
+        tensors |= {f"{kind}.{name}": vector for name, vector in vectors.items()}
     fields = {
         "version": VERSION,
         "phase": state.phase,
@@ -77,12 +79,13 @@ def _parsed(fields: Mapping[str, Any], tensors: dict[str, Any]) -> Checkpoint:
         phase=fields["phase"],
         round=fields["round"],
         params_D=tensors.pop("params"),
-        optimizer=_under("optimizer.", tensors),
+        optimizer=_of_kind("optimizer", tensors),
+        mechanism=_of_kind("mechanism", tensors),
         taken=fields["taken"],
-        carried=_under("carried.", tensors),
+        carried=_of_kind("carried", tensors),
     )
     return Checkpoint(state=state, metrics_bytes=fields["metrics_bytes"], totals=fields["totals"])
 
 
-def _under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _of_kind(kind: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(f"{kind}."): value for name, value in tensors.items() if name.startswith(f"{kind}.")}

@@ -19,6 +19,7 @@ from privfed.federation.local import LocalTrainer, StepDone, Work
 from privfed.federation.personal import PERSONAL, PersonalStore
 from privfed.federation.sharing import Sharing
 from privfed.privacy.ledger import Charge, Ledger
+from privfed.privacy.mechanisms import AtWork, Terms
 from privfed.rng import PrivateStream
 from privfed.rules.scaffold import CONTROL, variate_change
 from privfed.types import Encoded, Float32, PrivacyEvent, Shard, Update
@@ -33,6 +34,7 @@ class Broadcast:
     Attributes:
         params_D: The shared parameters.
         carried: Tensors by name that the server changes and no client trains, and a rule's own vectors.
+        terms: What the privacy mechanism tells the clients.
     """
 
     run_id: str
@@ -41,11 +43,13 @@ class Broadcast:
     layout_digest: str
     params_D: Float32 = field(repr=False)
     carried: Mapping[str, Float32] = field(default_factory=dict, repr=False)
+    terms: Terms = ()
 
     def to_bytes(self) -> bytes:
         """Return the message."""
         names = [[name, list(value.shape)] for name, value in self.carried.items()]
-        header: bytes = msgpack.packb([2, self.run_id, self.phase, self.round, self.layout_digest, names])
+        fields = [2, self.run_id, self.phase, self.round, self.layout_digest, names, list(self.terms)]
+        header: bytes = msgpack.packb(fields)
         parts = [self.params_D, *self.carried.values()]
         payload = b"".join(np.ascontiguousarray(part).astype("<f4").tobytes() for part in parts)
         return len(header).to_bytes(_HEADER_BYTES, "little") + header + payload
@@ -59,19 +63,28 @@ class Broadcast:
         """
         end = _HEADER_BYTES + int.from_bytes(message[:_HEADER_BYTES], "little")
         try:
-            version, run_id, phase, number, digest, names = msgpack.unpackb(message[_HEADER_BYTES:end])
+            version, run_id, phase, number, digest, names, terms = msgpack.unpackb(message[_HEADER_BYTES:end])
             sizes = [math.prod(shape) for _, shape in names]
+            sound = all(isinstance(term, float) and math.isfinite(term) for term in terms)
         except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
             raise ProtocolError(f"The broadcast's header cannot be read: {error}.") from error
         if version != 2 or len(message) - end != 4 * (size + sum(sizes)):
             raise ProtocolError(
                 f"The broadcast holds {(len(message) - end) // 4} values, expected {size + sum(sizes)}."
             )
+        if not sound:
+            raise ProtocolError(f"The broadcast's terms are {terms}, expected finite numbers.")
         values = np.frombuffer(message[end:], dtype="<f4").astype(np.float32)
         params_D, *parts = np.split(values, np.cumsum([size, *sizes])[:-1])
         carried = {name: part.reshape(shape) for (name, shape), part in zip(names, parts, strict=True)}
         return Broadcast(
-            run_id=run_id, phase=phase, round=number, layout_digest=digest, params_D=params_D, carried=carried
+            run_id=run_id,
+            phase=phase,
+            round=number,
+            layout_digest=digest,
+            params_D=params_D,
+            carried=carried,
+            terms=tuple(terms),
         )
 
 
@@ -117,6 +130,10 @@ class Holder:
             )
         )
 
+    def recorded(self, client_id: str, phase: str, round_number: int) -> str | None:
+        """Return the input digest of the first charge of a client's round, or None if it was never charged."""
+        return self.ledger.first_input(self.ledger_run_id, client_id, phase, round_number)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
@@ -126,7 +143,7 @@ class Client:
         sharing: What it trains, sends and keeps.
         store: Where it keeps its own state, where it has any.
         event: What a participation costs an example of this client, or None without example-level privacy.
-        clip: Bound on the update's norm under client-level privacy, or None.
+        mechanism: What bounds the update under client-level privacy, or None.
         weight: Aggregation weight, at most 1.
     """
 
@@ -137,7 +154,7 @@ class Client:
     sharing: Sharing
     store: PersonalStore | None
     event: PrivacyEvent | None
-    clip: float | None
+    mechanism: AtWork | None
     weight: float
 
     def respond(self, broadcast: bytes, on_step: StepDone, start_D: Float32 | None = None) -> Encoded:
@@ -175,7 +192,7 @@ class Client:
             on_step,
             self._work(received, own, part.active),
         )
-        update = self._bounded(part.sent.take(delta_D))
+        update = self._bounded(part.sent.take(delta_D), received.terms)
         rounding = self.holder.stream("encode", *place, digest)
         encoded = self.codec.encode(update.delta_D * np.float32(self.weight), rounding)
         if self.event is not None:
@@ -215,18 +232,19 @@ class Client:
             kept[PERSONAL] = self.sharing.personal.take(self._start(received.params_D, own) + delta_D)
         if self.sharing.rule.variates:
             control_S = received.carried[CONTROL]
-            change_S = variate_change(control_S, update.delta_D, self.sharing.rates_S)
+            change_S = variate_change(control_S, update.delta_D[: control_S.size], self.sharing.rates_S)
             kept[CONTROL] = (own.get(CONTROL, np.zeros_like(control_S)) + change_S).astype(np.float32)
         self.store.save(self.shard.client_id, received.round, kept)
 
-    def _bounded(self, delta_M: Float32) -> Update:
-        if self.clip is not None:
-            delta_M = clip_update(delta_M, self.clip)
+    def _bounded(self, delta_M: Float32, terms: Terms) -> Update:
+        bound = None
+        if self.mechanism is not None:
+            delta_M, bound = self.mechanism.bounded(delta_M, terms)
         return Update(
             client_id=self.shard.client_id,
             delta_D=delta_M,
             layout_digest=self.sharing.layout.digest,
-            l2_bound=self.clip,
+            l2_bound=bound,
             weight=self.weight,
         )
 
@@ -237,18 +255,3 @@ def _digest(broadcast: bytes, own: Mapping[str, Float32]) -> str:
     for name in sorted(own):
         state.update(name.encode() + own[name].astype("<f4").tobytes())
     return state.hexdigest()
-
-
-def clip_update(delta_D: Float32, l2_clip_norm: float) -> Float32:
-    """Return ``delta_D`` scaled down to norm <= ``l2_clip_norm``, computed in float64.
-
-    Raises:
-        ClientError: If a value is not finite.
-    """
-    norm = float(np.linalg.norm(delta_D.astype(np.float64)))
-    if not np.isfinite(norm):
-        raise ClientError("The local update is not finite (NaN or infinity): lower client.learning_rate.")
-    if norm <= l2_clip_norm * (1 - 1e-6):
-        return delta_D
-    # the slack keeps the rounding to float32 from lifting the norm above the bound
-    return (delta_D.astype(np.float64) * (l2_clip_norm * (1 - 1e-6) / norm)).astype(np.float32)

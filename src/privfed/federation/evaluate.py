@@ -84,14 +84,15 @@ def _classes(
 def right_answers(
     module: nn.Module, examples: Examples, rows: NDArray[np.int64], *, size: int = 64
 ) -> NDArray[np.float64]:
-    """Return 1 where the module's answer to an example of ``rows`` is right, else 0, in the order of ``rows``."""
-    right_N = np.zeros(len(examples), dtype=np.float64)
+    """Return 1 where a classifier's answer to an example of ``rows`` is right, else 0, in the order of ``rows``."""
+    if not isinstance(examples, LabelledExamples | FeatureExamples):
+        raise TypeError(f"{type(examples).__name__} has no right answers.")
+    truth_N, right_N = examples.labels.numpy(), np.zeros(len(examples), dtype=np.float64)
     module.eval()
     with torch.no_grad():
         for some in microbatches(examples, rows, size):
-            batch = examples.batch(some)
-            answers_B = examples.logits(module, batch).argmax(dim=1).cpu()
-            right_N[some] = (answers_B == batch.labels_B.cpu()).numpy()
+            answers_B = examples.logits(module, examples.batch(some)).argmax(dim=1).cpu().numpy()
+            right_N[some] = answers_B == truth_N[some]
     return right_N[rows]
 
 

@@ -23,32 +23,21 @@ from privfed.federation.personal import PersonalStore
 from privfed.federation.progress import Progress
 from privfed.federation.sharing import Sharing
 from privfed.federation.state import ServerState, rule_step, server_step, variates_step
-from privfed.privacy.noise import privatise_sum
+from privfed.privacy.mechanisms import AtWork, Memory, Moment, Release, Terms
 from privfed.privacy.plan import PhasePlan
 from privfed.schedule import ServerConfig
-from privfed.types import EncodedSum, ParamLayout, PrivacyEvent
+from privfed.types import EncodedSum, ParamLayout
 
 RING_BITS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CentralNoise:
-    """Client-level privacy by a trusted server (DP-FedAvg).
+class Phase:
+    """Everything one phase of a run needs, fixed over its rounds.
 
     Attributes:
-        event: What one round costs a client.
-        sensitivity: Largest change of the decoded sum when one client joins or leaves: the clip, through the codec.
-        noise_multiplier: Standard deviation of the noise over the sensitivity.
+        central: The mechanism of client-level privacy, at a trusted server, or None.
     """
-
-    event: PrivacyEvent
-    sensitivity: float
-    noise_multiplier: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """Everything one phase of a run needs, fixed over its rounds."""
 
     plan: PhasePlan
     server: ServerConfig
@@ -60,9 +49,8 @@ class Phase:
     masked: bool
     threshold: float
     weighted: bool
-    central: CentralNoise | None
+    central: AtWork | None
     meter: Callable[[], Meter] | None
-    poisson_clients: bool
     seed: int
     config_digest: str
 
@@ -71,6 +59,10 @@ class Phase:
         """All tensors that clients train."""
         return self.sharing.layout
 
+    def message_size(self, round_number: int) -> int:
+        """Return M: the values sent in a round, and what the mechanism sends behind them."""
+        return self.sharing.part(round_number).sent.size + (self.central.extra if self.central else 0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
@@ -78,6 +70,9 @@ class RoundReport:
 
     Nothing in it was computed from one client's data alone, but for who dropped, and for the meter: a simulator's
     figure that is no part of the release.
+
+    Attributes:
+        terms: What the privacy mechanism told the clients: with adaptive clipping, the clip first.
     """
 
     phase: str
@@ -92,6 +87,7 @@ class RoundReport:
     update_norm: float
     saturated: int | None
     meter: MeterReading | None
+    terms: Terms
 
 
 @dataclass(slots=True)
@@ -118,6 +114,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
     number = state.round + 1
     cohort = _cohort(state, phase, holder)
     progress.round_started(phase.plan.name, number, phase.plan.rounds, len(cohort))
+    terms = phase.central.terms(state.mechanism) if phase.central else ()
     broadcast = Broadcast(
         run_id=holder.run_id,
         phase=phase.plan.name,
@@ -125,12 +122,14 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         layout_digest=phase.layout.digest,
         params_D=phase.sharing.shared.take(state.params_D),
         carried=state.carried,
+        terms=terms,
     ).to_bytes()
     tally = _Tally(meter=phase.meter() if phase.meter else None)
     collected, lost = _exchange(cohort, broadcast, state, phase, holder, progress, tally)
-    mean_M = None if lost else _mean(collected.total, phase, holder, number, broadcast)
-    after = _advance(state, mean_M, collected, phase)
-    if not phase.poisson_clients:  # whom Poisson sampling chose is nobody's business, and nothing depends on it
+    release = _release(collected.total, phase, holder, state.mechanism, number, broadcast, lost)
+    mean_M = release.mean_D
+    after = _advance(replace(state, mechanism=release.memory), mean_M, collected, phase)
+    if phase.central is None:  # whom Poisson sampling chose is nobody's business, and nothing depends on it
         taken = {**state.taken, **{client: state.taken.get(client, 0) + 1 for client in cohort}}
         after = replace(after, taken=taken)
     report = RoundReport(
@@ -139,7 +138,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         cohort=len(cohort),
         survivors=len(collected.survivors),
         dropped=tuple(tally.dropped),
-        lost=lost,
+        lost=release.lost,
         seconds={
             "total": time.perf_counter() - started,
             "train": tally.train_seconds,
@@ -149,7 +148,8 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         bytes_down=collected.bytes_down + len(broadcast) * len(cohort),
         update_norm=0.0 if mean_M is None else float(np.linalg.norm(mean_M)),
         saturated=None if phase.central else tally.saturated,
-        meter=tally.meter.read(number) if tally.meter and not lost else None,
+        meter=tally.meter.read(number) if tally.meter and not release.lost else None,
+        terms=terms,
     )
     return after, report
 
@@ -158,9 +158,9 @@ def _cohort(state: ServerState, phase: Phase, holder: Holder) -> tuple[str, ...]
     names = sorted(phase.clients)
     plan = phase.plan
     number = state.round + 1
-    if phase.poisson_clients:
-        stream = holder.stream("cohort", plan.name, number)
-        return poisson_cohort(names, plan.cohort_size / plan.clients, stream)
+    if phase.central:
+        eligible, probability = phase.central.sampled(names, number)
+        return poisson_cohort(eligible, probability, holder.stream("cohort", plan.name, number))
     return balanced_cohort(names, state.taken, plan.cohort_size, seed=phase.seed, phase=plan.name, round_number=number)
 
 
@@ -187,13 +187,13 @@ def _exchange(
             collected = link.close()
     except ThresholdError as error:
         return nothing, str(error)
-    if collected.total is None:
+    if collected.total is None and phase.central is None:
         return collected, "no client survived"
     return collected, None
 
 
 def _link(cohort: tuple[str, ...], number: int, phase: Phase, holder: Holder) -> Link:
-    length = phase.sharing.part(number).sent.size
+    length = phase.message_size(number)
     if not phase.masked:
         return PlainLink(phase.codec_name, length, keep=phase.sharing.rule.needs_individual)
     # a fresh nonce: keys of a round that a crash cut short never meet those of its repetition
@@ -229,26 +229,27 @@ def _serve(link: Link, client: Client, broadcast: bytes, state: ServerState, pro
         raise
     except Exception as error:  # noqa: BLE001  (any failure of one client must cost the round only that client)
         # under client level a message could carry a figure of the protected client: its kind has to do
-        reason = type(error).__name__ if client.clip is not None else f"{type(error).__name__}: {error}"
+        reason = type(error).__name__ if client.mechanism is not None else f"{type(error).__name__}: {error}"
         tally.dropped.append((client_id, reason))
         progress.client_dropped(client_id, reason)
     progress.client_done(client_id)
 
 
-def _mean(total: EncodedSum | None, phase: Phase, holder: Holder, number: int, broadcast: bytes) -> NDArray[np.float64]:
-    """Return the averaged update [M]; under client level noised, charged, and over a public denominator."""
-    sum_M = np.zeros(phase.sharing.part(number).sent.size) if total is None else phase.codec.decode_sum(total)
+def _release(
+    total: EncodedSum | None,
+    phase: Phase,
+    holder: Holder,
+    memory: Memory,
+    number: int,
+    broadcast: bytes,
+    lost: str | None,
+) -> Release:
+    """Return the round's averaged update; under client level noised, charged, and over a public denominator."""
+    sum_M = np.zeros(phase.message_size(number)) if total is None else phase.codec.decode_sum(total)
     if phase.central is None:
-        return sum_M / (total.total_weight if total else 1.0)
-    digest = hashlib.sha256(broadcast + sum_M.tobytes()).hexdigest()
-    noised_M = privatise_sum(
-        sum_M,
-        standard_deviation=phase.central.noise_multiplier * phase.central.sensitivity,
-        stream=holder.stream("noise", phase.plan.name, number, digest),
-        sensitivity=phase.central.sensitivity,
-    )
-    holder.charge("*", phase.plan.name, number, digest, phase.central.event)
-    return noised_M / phase.plan.cohort_size
+        return Release(mean_D=None if lost or total is None else sum_M / total.total_weight, memory=memory, lost=lost)
+    moment = Moment(phase=phase.plan.name, round=number, broadcast=broadcast, lost=lost)
+    return phase.central.release(None if lost else sum_M, moment, holder, memory)
 
 
 def _advance(state: ServerState, mean_M: NDArray[np.float64] | None, collected: Collected, phase: Phase) -> ServerState:

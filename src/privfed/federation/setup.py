@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from privfed.compression import CODECS, Codec, Ring
-from privfed.config import RunConfig
+from privfed.config import RunConfig, largest_clip
 from privfed.data import AnySplit
 from privfed.errors import ConfigError, ModelError
 from privfed.federation.client import Client, Holder
@@ -23,12 +23,14 @@ from privfed.federation.pairs import check_pairs, find_pairs
 from privfed.federation.personal import PersonalStore
 from privfed.federation.phases import TRAIN, phases
 from privfed.federation.roster import Roster
-from privfed.federation.round import RING_BITS, CentralNoise, Phase
+from privfed.federation.round import RING_BITS, Phase
 from privfed.federation.sharing import Sharing, share_out
 from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples, head_features
 from privfed.models.loading import LoadedModel, load_model
 from privfed.models.prefix import attach, find_prefix
 from privfed.models.tasks import build_examples
+from privfed.privacy.mechanisms import AtWork, Site, built
+from privfed.privacy.mechanisms.gaussian import GaussianAtWork
 from privfed.privacy.plan import PhasePlan, Plan
 from privfed.rng import experiment_seed
 from privfed.rules import RULES
@@ -256,7 +258,7 @@ def _phase(
     most = phase_plan.clients if config.privacy.unit == "client" else phase_plan.cohort_size
     codec = plugin.build(config.compression, Ring(bits=RING_BITS, clients=most) if masked else None)
     largest = max(len(shard) for shard in material.shards)
-    clip = config.privacy.l2_clip_norm if config.privacy.unit == "client" else None
+    central = _central(config, phase_plan, plan, codec, sharing.largest(phase_plan.rounds))
     store = _store(sharing, own)
 
     def client(shard: Shard) -> Client:
@@ -268,12 +270,10 @@ def _phase(
             sharing=sharing,
             store=store,
             event=_participation(config, phase_plan, shard.client_id, plan),
-            clip=clip,
+            mechanism=central,
             weight=_weight(len(shard), largest) if config.server.weighting == "examples" else 1.0,
         )
 
-    central = _central(config, phase_plan, plan, codec, sharing.largest(phase_plan.rounds))
-    noise = central.noise_multiplier * central.sensitivity / phase_plan.cohort_size if central else 0.0
     return Phase(
         plan=phase_plan,
         server=server,
@@ -286,11 +286,25 @@ def _phase(
         threshold=config.secagg.threshold,
         weighted=config.server.weighting == "examples",
         central=central,
-        meter=make_meter(sharing, codec, trainer, noise) if server.meter else None,
-        poisson_clients=config.privacy.unit == "client",
+        meter=make_meter(sharing, codec, trainer, _noise(central, phase_plan)) if server.meter else None,
         seed=config.seed,
         config_digest=config.digest(),
     )
+
+
+def _noise(central: AtWork | None, phase: PhasePlan) -> float:
+    """Return the standard deviation of the server's noise in an average, for the meter.
+
+    Raises:
+        ConfigError: If the noise is not independent from round to round.
+    """
+    if central is None:
+        return 0.0
+    if not isinstance(central, GaussianAtWork):
+        raise ConfigError(
+            'server.meter with client-level privacy reads independent noise: use privacy.mechanism = "gaussian".'
+        )
+    return central.noise_multiplier * central.sensitivity / phase.cohort_size
 
 
 def _store(sharing: Sharing, own: Path | None) -> PersonalStore | None:
@@ -318,8 +332,8 @@ def _participation(config: RunConfig, phase: PhasePlan, client: str, plan: Plan 
     )
 
 
-def _central(config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Codec, size: int) -> CentralNoise | None:
-    """Return the server's noise under client level.
+def _central(config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Codec, size: int) -> AtWork | None:
+    """Return the server's mechanism under client level.
 
     One client changes the decoded sum by at most the codec's bound on its clipped update (times 2 where a client is
     replaced, which the accountant's relation covers).
@@ -329,20 +343,28 @@ def _central(config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Code
     """
     if plan is None or config.privacy.unit != "client":
         return None
-    bound = codec.l2_bound(config.privacy.l2_clip_norm, size)
-    if bound is None:
-        raise ConfigError(
-            f"compression.name = {getattr(config.compression, 'name', None)!r} gives no bound on the encoded update, "
-            'which privacy.unit = "client" needs: use compression.name = "identity".'
-        )
-    event = PrivacyEvent(
-        unit="client",
-        noise_multiplier=plan.noise_multiplier * phase.noise_scale,
-        sampling_probability=phase.cohort_size / phase.clients,
-        steps=1,
+    name = getattr(config.compression, "name", None)
+
+    def bound(clip: float, length: int) -> float:
+        found = codec.l2_bound(clip, length)
+        if found is None:
+            raise ConfigError(
+                f"compression.name = {name!r} gives no bound on the encoded update, "
+                'which privacy.unit = "client" needs: use compression.name = "identity".'
+            )
+        return found
+
+    site = Site(
+        plan=phase,
+        noise_multiplier=plan.noise_multiplier,
         relation=config.privacy.neighboring_relation,
+        l2_clip_norm=config.privacy.l2_clip_norm,
+        largest_clip=largest_clip(config),
+        size=size,
+        bound=bound,
+        seed=config.seed,
     )
-    return CentralNoise(event=event, sensitivity=bound, noise_multiplier=event.noise_multiplier)
+    return built(config.privacy.mechanism).at_work(site)
 
 
 def set_deterministic() -> None:

@@ -28,6 +28,7 @@ class ServerState:
         round: Completed rounds of the phase.
         params_D: Global parameters; personal tensors stay at their start here.
         optimizer: The server optimiser's vectors by name, [D] each.
+        mechanism: What the privacy mechanism keeps, by name.
         taken: How often each client was chosen in this phase; not kept where clients are Poisson-sampled.
         carried: What is broadcast beside the shared parameters: tensors by name, and a rule's own vectors.
     """
@@ -36,6 +37,7 @@ class ServerState:
     round: int
     params_D: Float32 = field(repr=False)
     optimizer: Mapping[str, Float32] = field(default_factory=dict, repr=False)
+    mechanism: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
     taken: Mapping[str, int] = field(default_factory=dict, repr=False)
     carried: Mapping[str, Float32] = field(default_factory=dict, repr=False)
 

@@ -158,7 +158,7 @@ def dominating(events_by_client: Mapping[str, Events]) -> tuple[PrivacyEvent, ..
     jointly convex; (b) a smaller sigma: adding noise is post-processing; (c) more steps: dropping outputs is
     post-processing; and composition keeps domination (Zhu, Dong and Wang 2022, Theorem 10). Two orders are
     tried, by noise multiplier and by strength, and the cheaper result kept. It is exact where one client's
-    list is at least as large as the others' in every respect.
+    list is at least as large as the others' in every respect. The result is in plain Gaussian steps.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -168,7 +168,7 @@ def dominating(events_by_client: Mapping[str, Events]) -> tuple[PrivacyEvent, ..
         for event in events:
             check_event(event)
         parts: dict[tuple[str, str, str], list[PrivacyEvent]] = {}
-        for event in merged(events):
+        for event in merged(map(plain, events)):
             parts.setdefault(_family(event), []).append(event)
         for family, part in parts.items():
             families.setdefault(family, []).append(tuple(part))
@@ -183,8 +183,8 @@ def check_delta(delta: float) -> None:
 
 def check_event(event: PrivacyEvent) -> None:
     """Raise ``ConfigError`` unless the accountants know the event's mechanism and its values are in range."""
-    if event.mechanism != "gaussian":
-        raise ConfigError(f"Expected the mechanism 'gaussian', got {event.mechanism!r}: no accountant knows it.")
+    if event.mechanism != "gaussian" or event.parameters:
+        _check_mechanism(event)
     if event.unit not in ("example", "client"):
         raise ConfigError(f"Expected the unit 'example' or 'client', got {event.unit!r}.")
     if event.relation not in ("add_or_remove_one", "replace_one"):
@@ -219,10 +219,25 @@ def interval(events: Events, *, fine: bool = False) -> float:
     return max(narrow / FINE if fine else narrow, fewest)
 
 
+def plain(event: PrivacyEvent) -> PrivacyEvent:
+    """Return the Poisson-sampled Gaussian steps that dominate ``event``, whatever its mechanism."""
+    return replace(event, mechanism="gaussian", parameters=())
+
+
+def _check_mechanism(event: PrivacyEvent) -> None:
+    from privfed.privacy.mechanisms import MECHANISMS  # they import this module
+
+    if event.mechanism not in MECHANISMS.names():
+        known = " or ".join(map(repr, MECHANISMS.names()))
+        raise ConfigError(f"Expected the mechanism {known}, got {event.mechanism!r}: no accountant knows it.")
+    MECHANISMS.get(event.mechanism).check(event)
+
+
 def _checked(events: Events) -> tuple[PrivacyEvent, ...]:
+    """Return ``events`` as checked, plain and merged Gaussian steps."""
     for event in events:
         check_event(event)
-    merged_events = merged(events)
+    merged_events = merged(map(plain, events))
     for what in ("unit", "relation"):
         found = sorted({str(getattr(event, what)) for event in merged_events})
         if len(found) > 1:

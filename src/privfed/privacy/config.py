@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from privfed.privacy.mechanisms import MECHANISMS
 from privfed.table import Table
+
+
+def _mechanism(value: Any) -> Any:
+    """Return the table of a mechanism that is given by its name alone, or by a table with a name."""
+    if isinstance(value, Table):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected the name of a mechanism or a table with one, got {value!r}")
+    name = value.get("name", "gaussian")
+    if not isinstance(name, str):
+        raise ValueError(f"name must be a string, got {name!r}")
+    return MECHANISMS.get(name).config.model_validate(dict(value))
 
 
 class PrivacyConfig(Table):
@@ -16,6 +32,8 @@ class PrivacyConfig(Table):
         unit: One ``example``, one ``client`` with all its data, or ``none`` (no guarantee at all).
         placement: Where noise is added: ``local`` (each client, DP-SGD) or ``central`` (a trusted server,
             DP-FedAvg). Left out, it follows from the unit.
+        mechanism: How a client's update is hidden under unit ``client``: ``gaussian``, or another by its name, or a
+            table of its name and options (``[privacy.mechanism]``).
         target_epsilon: The budget of the whole run; the noise is solved for it.
         noise_multiplier: Standard deviation of the noise over the sensitivity; epsilon follows from it.
         target_delta: The delta at which epsilon is stated; should be well below 1 / number of units.
@@ -27,6 +45,9 @@ class PrivacyConfig(Table):
 
     unit: Literal["example", "client", "none"] = "example"
     placement: Literal["local", "central"] | None = None
+    mechanism: Annotated[SerializeAsAny[Table], BeforeValidator(_mechanism)] = Field(
+        default_factory=lambda: MECHANISMS.get("gaussian").config()
+    )
     target_epsilon: float | None = None
     noise_multiplier: float | None = Field(default=None, gt=0)
     target_delta: float = Field(default=1e-5, gt=0, lt=1)
@@ -60,7 +81,17 @@ class PrivacyConfig(Table):
                 f"unit = {self.unit!r} with placement = {self.placement!r} is not available; "
                 f"the nearest that works is placement = {wanted!r}"
             )
+        if self.unit == "example" and self.mechanism_name != "gaussian":
+            raise ValueError(
+                f'mechanism = {self.mechanism_name!r} with unit = "example" is not available: it hides whole clients; '
+                'use mechanism = "gaussian", or unit = "client"'
+            )
         return self
+
+    @property
+    def mechanism_name(self) -> str:
+        """The mechanism's name."""
+        return str(getattr(self.mechanism, "name", ""))
 
     @property
     def on(self) -> bool:

@@ -183,6 +183,11 @@ class Ledger:
             events.setdefault(entry.charge.client_id, []).append(entry.charge.event)
         return {client: merged(each) for client, each in events.items()}
 
+    def first_input(self, run_id: str, client_id: str, phase: str, round_number: int) -> str | None:
+        """Return the input digest of the first charge of a client's round, or None if it was never charged."""
+        with self._lock:
+            return self._store.first_input(run_id, client_id, phase, round_number)
+
     def head(self) -> str:
         """Return the hash of the last row, 64 zeros where there is none; note it elsewhere to date the
         ledger."""

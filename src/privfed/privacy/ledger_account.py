@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from privfed.errors import LedgerError
 from privfed.privacy.accountant import Events, kind_of, merged
 from privfed.types import PrivacyEvent, Unit
 
@@ -123,18 +125,47 @@ _OF_CHARGE = (
     "input_digest",
     "project",
 )
-_OF_EVENT = ("unit", "mechanism", "noise_multiplier", "sampling_probability", "steps", "relation")
+_OF_EVENT = ("unit", "noise_multiplier", "sampling_probability", "steps", "relation")
 
 
 def content_of_charge(charge: Charge) -> dict[str, Any]:
     """Return the content of the row that stores ``charge``."""
     content: dict[str, Any] = {name: getattr(charge, name) for name in _OF_CHARGE}
-    return {"kind": "charge", **content, **{name: getattr(charge.event, name) for name in _OF_EVENT}}
+    event = {name: getattr(charge.event, name) for name in _OF_EVENT}
+    return {"kind": "charge", **content, **event, "mechanism": mechanism_text(charge.event)}
 
 
 def charge_of(row: Mapping[str, Any]) -> Charge:
-    """Return the charge that a row stores."""
+    """Return the charge that a row stores.
+
+    Raises:
+        LedgerError: If the mechanism's parameters cannot be read.
+    """
+    name, parameters = _mechanism(row["mechanism"])
+    event = {name: row[name] for name in _OF_EVENT}
     return Charge(
         **{name: row[name] for name in _OF_CHARGE},
-        event=PrivacyEvent(**{name: row[name] for name in _OF_EVENT}),
+        event=PrivacyEvent(mechanism=name, parameters=parameters, **event),
     )
+
+
+def mechanism_text(event: PrivacyEvent) -> str:
+    """Return an event's mechanism as the ledger stores it: its name, then its parameters as JSON if it has any.
+
+    An event without parameters reads as it always did, so rows from before there were any keep their hashes.
+    """
+    if not event.parameters:
+        return event.mechanism
+    return event.mechanism + json.dumps(dict(event.parameters), sort_keys=True, separators=(",", ":"))
+
+
+def _mechanism(text: str) -> tuple[str, tuple[tuple[str, float | tuple[float, ...]], ...]]:
+    """Return the name and parameters in a stored mechanism."""
+    name, brace, rest = text.partition("{")
+    if not brace:
+        return name, ()
+    try:
+        found = sorted(json.loads(brace + rest).items())
+        return name, tuple((key, tuple(map(float, v)) if isinstance(v, list) else float(v)) for key, v in found)
+    except (ValueError, TypeError) as error:
+        raise LedgerError(f"The mechanism {text!r} of a ledger row cannot be read: {error}.") from error

@@ -5,6 +5,9 @@ do not depend on it: the cost is that of the worst client (parallel composition,
 same partition compose client by client. Over *different* partitions an example may be in any client of each,
 so each partition is represented by one list that dominates all of its clients, and these lists compose.
 
+A charge of ``EVERYONE`` falls on every client of its partition: it is added to each one's list, since what one
+client was charged by name does not replace what all of them were.
+
 Sampling of clients amplifies nothing here: the server knows who takes part, so only what a client was charged
 counts.
 """
@@ -15,8 +18,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from privfed.privacy.accountant import Accountant, Events, dominating, epsilon, merged
-from privfed.types import PrivacyEvent, Unit
+from privfed.privacy.accountant import Accountant, Events, dominating, epsilon, merged, plain
+from privfed.types import EVERYONE, PrivacyEvent, Unit
 
 Partitions = Mapping[str, Mapping[str, Events]]
 """Partition digest -> client -> its events over all runs."""
@@ -85,7 +88,9 @@ def _restated(partitions: Partitions, unit: Unit) -> dict[str, list[tuple[Privac
     relation = relations.pop() if len(relations) == 1 else "replace_one"
     result: dict[str, list[tuple[PrivacyEvent, ...]]] = {}
     for partition, clients in partitions.items():
-        lists = (merged(replace(event, unit=unit, relation=relation) for event in each) for each in clients.values())
+        shared = clients.get(EVERYONE, ())
+        named = [[*each, *shared] for client, each in clients.items() if client != EVERYONE] or [[*shared]]
+        lists = (merged(replace(plain(event), unit=unit, relation=relation) for event in each) for each in named)
         distinct = [events for events in dict.fromkeys(lists) if events]
         if distinct:
             result[partition] = distinct

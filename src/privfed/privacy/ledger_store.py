@@ -174,6 +174,16 @@ class Store:
         row = self._database.execute(query, values).fetchone()
         return None if row is None else dict(row)
 
+    def first_input(self, run_id: str, client_id: str, phase: str, round_number: int) -> str | None:
+        """Return the input digest of a round's first charge, if there is one."""
+        query = (
+            "SELECT input_digest FROM chain WHERE kind = 'charge' AND run_id = ? AND client_id = ? AND phase = ? "
+            "AND round = ? ORDER BY sequence LIMIT 1"
+        )
+        with _translated(self.path):
+            row = self._database.execute(query, (run_id, client_id, phase, round_number)).fetchone()
+        return None if row is None else str(row["input_digest"])
+
     def problems(self) -> list[str]:
         """Return what is wrong with the file, in sentences; none if it is sound."""
         try:

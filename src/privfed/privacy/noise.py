@@ -90,6 +90,24 @@ def privatise_sum(
     """
     if not 0 < sensitivity < math.inf:
         raise ConfigError(f"Expected a positive, finite sensitivity, got {sensitivity}.")
+    noise_D = gaussian_noise(stream, np.size(sum_D), standard_deviation).reshape(np.shape(sum_D))
+    return on_grid(sum_D, noise_D, standard_deviation=standard_deviation)
+
+
+def on_grid(
+    sum_D: NDArray[np.float64], noise_D: NDArray[np.float64], *, standard_deviation: float
+) -> NDArray[np.float64]:
+    """Return ``sum_D + noise_D``, rounded to multiples of ``grid(standard_deviation)``.
+
+    Args:
+        sum_D: A sum of clipped contributions.
+        noise_D: Noise that was drawn for it.
+        standard_deviation: Of what is new in each value of the noise, given all that was released before.
+
+    Raises:
+        ConfigError: If ``standard_deviation`` is not positive and finite.
+        SentinelError: As ``privatise_sum``.
+    """
     step = grid(standard_deviation)
     total_D = np.asarray(sum_D, dtype=np.float64)
     if not np.isfinite(total_D).all():
@@ -99,7 +117,6 @@ def privatise_sum(
             "The sum to release is too large for its noise to hide it in float64: nothing was released; "
             "check the clipping."
         )
-    noise_D = gaussian_noise(stream, total_D.size, standard_deviation).reshape(total_D.shape)
     released_D: NDArray[np.float64] = np.rint((total_D + noise_D) / step) * step
     return released_D + 0.0  # -0.0 becomes 0.0: the sign of a zero is a bit too
 

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from scipy.stats import binom
-
 from privfed.errors import ConfigError
 from privfed.privacy.accountant import epsilon
 from privfed.privacy.calibrate import Stage, noise_for, steps_for
 from privfed.privacy.config import PrivacyConfig
-from privfed.types import PrivacyEvent
+from privfed.privacy.mechanisms import built
+from privfed.types import EVERYONE, PrivacyEvent
 
 # the share of delta that rounds lost to a too small cohort may use up
 LOST_ROUNDS_SHARE = 0.1
@@ -83,8 +82,7 @@ def make_plan(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bo
 
     Under example level a client takes part in at most ``participations`` rounds and is charged each of its local
     steps as one Poisson-sampled Gaussian; the server knows who takes part, so client sampling amplifies nothing.
-    Under client level each round is one Gaussian, Poisson-sampled over clients (McMahan et al. 2018, arXiv
-    1710.06963).
+    Under client level the mechanism says what a phase does to a client (``privfed.privacy.mechanisms``).
 
     Raises:
         ConfigError: If no noise reaches the target, or rounds are too small to mask under client level.
@@ -108,8 +106,8 @@ def make_plan(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bo
     else:
         raise ConfigError("give exactly one of privacy.target_epsilon and privacy.noise_multiplier")
     by_client = _events_by_client(privacy, phases, noise)
-    worst = [_event(privacy, noise, stage) for stage in stages]
-    spent = epsilon(worst, delta, accountant=privacy.accountant)
+    exposed = [_event(privacy, phase, noise, max(phase.probabilities.values())) for phase in phases]
+    spent = epsilon(exposed, delta, accountant=privacy.accountant)
     return Plan(
         noise_multiplier=noise,
         epsilon=spent,
@@ -129,10 +127,12 @@ def affordable_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, ma
     if privacy.unit == "none" or privacy.noise_multiplier is None or privacy.target_epsilon is None:
         raise ConfigError("Rounds follow from both a noise multiplier and an epsilon: give both.")
     *before, last = _worst_stages(privacy, phases)
-    per_participation = last.steps // max(1, _participations(privacy, phases[-1]))
+    mechanism = built(privacy.mechanism)
 
-    def stages(participations: int) -> list[Stage]:
-        return [*before, replace(last, steps=participations * per_participation)]
+    def stages(size: int) -> list[Stage]:
+        if privacy.unit == "client":
+            return [*before, mechanism.stage(replace(phases[-1], rounds=size))]
+        return [*before, replace(last, steps=size * phases[-1].local_steps)]
 
     solve = partial(
         steps_for,
@@ -151,10 +151,6 @@ def affordable_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, ma
     return solve(target_delta=privacy.target_delta - lost) if lost else most
 
 
-def _participations(privacy: PrivacyConfig, phase: PhasePlan) -> int:
-    return phase.rounds if privacy.unit == "client" else phase.participations
-
-
 def _worst_stages(privacy: PrivacyConfig, phases: Sequence[PhasePlan]) -> list[Stage]:
     return [_stage(privacy, phase, max(phase.probabilities.values())) for phase in phases]
 
@@ -162,8 +158,7 @@ def _worst_stages(privacy: PrivacyConfig, phases: Sequence[PhasePlan]) -> list[S
 def _stage(privacy: PrivacyConfig, phase: PhasePlan, probability: float) -> Stage:
     """Return what a phase does to one unit; ``probability`` is the example's, within its client."""
     if privacy.unit == "client":
-        chosen = phase.cohort_size / phase.clients
-        return Stage(sampling_probability=chosen, steps=phase.rounds, noise_scale=phase.noise_scale)
+        return built(privacy.mechanism).stage(phase)
     steps = phase.participations * phase.local_steps
     return Stage(sampling_probability=probability, steps=steps, noise_scale=phase.noise_scale)
 
@@ -171,18 +166,20 @@ def _stage(privacy: PrivacyConfig, phase: PhasePlan, probability: float) -> Stag
 def _events_by_client(
     privacy: PrivacyConfig, phases: Sequence[PhasePlan], noise: float
 ) -> dict[str, tuple[PrivacyEvent, ...]]:
-    clients = ["*"] if privacy.unit == "client" else list(phases[0].probabilities)
+    clients = [EVERYONE] if privacy.unit == "client" else list(phases[0].probabilities)
     return {
-        client: tuple(
-            _event(privacy, noise, _stage(privacy, phase, phase.probabilities.get(client, 1.0))) for phase in phases
-        )
+        client: tuple(_event(privacy, phase, noise, phase.probabilities.get(client, 1.0)) for phase in phases)
         for client in clients
     }
 
 
-def _event(privacy: PrivacyConfig, noise: float, stage: Stage) -> PrivacyEvent:
+def _event(privacy: PrivacyConfig, phase: PhasePlan, noise: float, probability: float) -> PrivacyEvent:
+    """Return what a phase does to one unit, as an event."""
     if privacy.unit == "none":
         raise ConfigError('A run with privacy.unit = "none" has no privacy events.')
+    if privacy.unit == "client":
+        return built(privacy.mechanism).event(phase, noise, privacy.neighboring_relation)
+    stage = _stage(privacy, phase, probability)
     return PrivacyEvent(
         unit=privacy.unit,
         noise_multiplier=noise * stage.noise_scale,
@@ -203,7 +200,8 @@ def _lost_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked:
     """
     if privacy.unit != "client" or not masked:
         return 0.0
-    lost = sum(p.rounds * float(binom.cdf(1, p.clients - 1, p.cohort_size / p.clients)) for p in phases)
+    mechanism = built(privacy.mechanism)
+    lost = sum(mechanism.small_cohorts(phase) for phase in phases)
     if lost > LOST_ROUNDS_SHARE * privacy.target_delta:
         raise ConfigError(
             f"With client-level sampling of {phases[-1].cohort_size} expected clients, some round has fewer than the "

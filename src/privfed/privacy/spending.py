@@ -9,6 +9,7 @@ from functools import cache
 
 from privfed.privacy.accountant import epsilon
 from privfed.privacy.config import PrivacyConfig
+from privfed.privacy.mechanisms import built
 from privfed.privacy.plan import PhasePlan, Plan
 from privfed.types import PrivacyEvent
 
@@ -32,6 +33,7 @@ def spent_so_far(
         return lambda _phase, _rounds: None
     whole = plan
     names = [phase.name for phase in phases]
+    mechanism = built(privacy.mechanism)
 
     @cache
     def at(position: int, rounds: int) -> float:
@@ -39,7 +41,11 @@ def spent_so_far(
         for index, planned in enumerate(whole.events_by_client[whole.worst_client][: position + 1]):
             done = phases[index].rounds if index < position else rounds
             phase = phases[index]
-            steps = done if privacy.unit == "client" else phase.participations_by(done) * phase.local_steps
+            steps = (
+                mechanism.steps_by(phase, done)
+                if privacy.unit == "client"
+                else phase.participations_by(done) * phase.local_steps
+            )
             events.append(replace(planned, steps=steps))
         value = epsilon(events, whole.delta - whole.lost_rounds_delta, accountant=privacy.accountant)
         return min(value, whole.epsilon)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from privfed.config import RunConfig
 from privfed.privacy.accountant import epsilon, epsilon_curve, gaussian_mu
+from privfed.privacy.mechanisms import built
 from privfed.privacy.noise import NOISE_DESCRIPTION
 from privfed.privacy.plan import Plan
 from privfed.report.receipt import ReceiptFacts, ViewFacts
@@ -81,12 +82,12 @@ def receipt_facts(
         relation=privacy.neighboring_relation,
         accountant=privacy.accountant,
         delta=privacy.target_delta,
-        mechanism=_mechanism(privacy.unit),
+        mechanism=_mechanism(config),
         noise_multiplier=plan.noise_multiplier if plan else None,
         l2_clip_norm=privacy.l2_clip_norm,
         noise_source=source,
         noise_description=NOISE_DESCRIPTION,
-        sampling="poisson" if privacy.on else "shuffled",
+        sampling=_sampling(config),
         views=_views(config, plan, events.get(worst or "", ()), per_client.get(worst or "")),
         per_client={} if privacy.unit == "client" else per_client,
         events=events.get(worst or "", ()),
@@ -111,11 +112,18 @@ def _per_client(events: Mapping[str, tuple[PrivacyEvent, ...]], delta: float, ac
     return {client: known[found] for client, found in events.items()}
 
 
-def _mechanism(unit: str) -> str:
-    return {
-        "example": "DP-SGD: Gaussian noise on Poisson-sampled sums of clipped per-example gradients",
-        "client": "DP-FedAvg: Gaussian noise on the sum of clipped updates of Poisson-sampled clients",
-    }.get(unit, "none")
+def _mechanism(config: RunConfig) -> str:
+    if config.privacy.unit == "client":
+        return built(config.privacy.mechanism).description()
+    if config.privacy.unit == "example":
+        return "DP-SGD: Gaussian noise on Poisson-sampled sums of clipped per-example gradients"
+    return "none"
+
+
+def _sampling(config: RunConfig) -> Literal["poisson", "scheduled", "shuffled"]:
+    if config.privacy.unit == "client":
+        return built(config.privacy.mechanism).sampling
+    return "poisson" if config.privacy.on else "shuffled"
 
 
 def _views(
@@ -144,7 +152,7 @@ def _views(
         return {
             "individual": ViewFacts(epsilon=None, why=trusted),
             "aggregate": ViewFacts(epsilon=None, why=trusted),
-            "release": view(*_client_assumptions(plan)),
+            "release": view(*_client_assumptions(config, plan)),
         }
     post = "Post-processing of each client's own noisy steps; other clients' noise is not counted in."
     leaving = "Whether a client drops out of a round does not depend on its data."
@@ -155,8 +163,11 @@ def _views(
     }
 
 
-def _client_assumptions(plan: Plan) -> tuple[str, ...]:
-    found = ("Which clients drop out of a round does not depend on their data.",)
+def _client_assumptions(config: RunConfig, plan: Plan) -> tuple[str, ...]:
+    found = (
+        "Which clients drop out of a round does not depend on their data.",
+        *built(config.privacy.mechanism).assumptions(),
+    )
     if plan.lost_rounds_delta:
         return (
             *found,

@@ -80,7 +80,7 @@ class ReceiptFacts:
     l2_clip_norm: float
     noise_source: Literal["csprng", "reproducible", "none"]
     noise_description: str
-    sampling: Literal["poisson", "shuffled"]
+    sampling: Literal["poisson", "scheduled", "shuffled"]
     views: Mapping[View, ViewFacts]
     per_client: Mapping[str, float] = field(default_factory=dict)
     events: tuple[PrivacyEvent, ...] = ()
@@ -124,7 +124,7 @@ def build_receipt(facts: ReceiptFacts) -> dict[str, Any]:
         "mechanism": _mechanism(facts),
         "accountant": _accountant(facts) if private else None,
         "per_client_epsilon": _finite(facts.per_client) if private else {},
-        "events": [asdict(event) for event in facts.events],
+        "events": [_event(event) for event in facts.events],
         "ledger_head": facts.ledger_head,
         "hazards": statements.hazards(unit=facts.unit, largest_epsilon=max(epsilons, default=None), private=private),
         "data": {
@@ -248,6 +248,12 @@ def _simulated(facts: ReceiptFacts) -> dict[str, Any]:
         "delta": facts.delta,
         "epsilon": _finite({view: given.epsilon for view, given in facts.views.items()}),
     }
+
+
+def _event(event: PrivacyEvent) -> dict[str, Any]:
+    """Return an event as JSON values; a third party computes epsilon from these alone."""
+    parameters = {name: list(value) if isinstance(value, tuple) else value for name, value in event.parameters}
+    return {**asdict(event), "parameters": parameters}
 
 
 def _finite(values: Mapping[Any, float | None]) -> dict[str, float]:

@@ -89,6 +89,12 @@ def assumptions(*, sampling: str, amplified: bool, noise_source: str, noise_desc
         drawn = _assumption(
             "sampling", "met", "Units are drawn independently for each step (Poisson sampling), as accounted."
         )
+    elif sampling == "scheduled" and not amplified:
+        drawn = _assumption(
+            "sampling",
+            "met",
+            "A public schedule says who takes part in which round, and the accountant claims no benefit from sampling.",
+        )
     elif amplified:
         drawn = _assumption(
             "sampling",

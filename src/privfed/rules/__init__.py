@@ -69,6 +69,7 @@ class Rule:
             optimiser's vectors would speak of factors that are gone.
         changes_base: It changes base weights: the result is a whole model, not an adapter.
         variates: Clients keep control variates and correct their gradients by them.
+        alternates: What is sent differs from round to round.
     """
 
     needs_individual: ClassVar[bool] = False
@@ -76,6 +77,7 @@ class Rule:
     plain_server: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
     variates: ClassVar[bool] = False
+    alternates: ClassVar[bool] = False
 
     def personal(self, pairs: Sequence[Pair]) -> frozenset[str]:  # noqa: ARG002
         """Return the names of tensors that clients train and never send."""

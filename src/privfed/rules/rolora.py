@@ -18,6 +18,7 @@ class RoLora(Rule):
     """Alternates the factors."""
 
     takes = LORA_TUNINGS
+    alternates = True
 
     def resting(self, round_number: int, pairs: Sequence[Pair]) -> frozenset[str]:
         """Return A's names in odd rounds, B's in even ones."""

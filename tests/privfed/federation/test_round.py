@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from privfed.errors import BudgetExceededError, ClientError, ProtocolError
-from privfed.federation.client import Broadcast, clip_update
+from privfed.federation.client import Broadcast
 from privfed.federation.progress import Silent
 from privfed.federation.round import run_round
+from privfed.privacy.mechanisms import REPEATED, clip_update
 
 PLAIN = {"privacy": {"unit": "none"}, "server": {"cohort_size": 4}}
 LINKS = pytest.mark.parametrize("masked", ["masked", "none"])
@@ -175,7 +176,7 @@ def test_a_charge_beyond_the_cap_stops_the_run(unit: str, federation: Callable[.
         server={"cohort_size": 4, "rounds": 4},
     )
     ledger, digest = run.holder.ledger, run.holder.data_digest
-    one = run.phase.central.event if unit == "client" else run.phase.clients[_victim(run)].event
+    one = run.phase.central.event.one_step() if unit == "client" else run.phase.clients[_victim(run)].event
     from privfed.privacy.accountant import epsilon
 
     ledger.set_cap(data_digest=digest, unit=unit, epsilon=epsilon([one], 1e-4) * 1.05, delta=1e-4)
@@ -387,7 +388,8 @@ def test_an_empty_cohort_still_adds_noise_and_is_charged(
     masked: str, federation: Callable[..., Any], given: Any
 ) -> None:
     run = federation(**_merged(secagg={"name": masked}, server={"cohort_size": 4}))
-    run.phase = replace(run.phase, plan=replace(run.phase.plan, clients=10**15, cohort_size=3))
+    never = replace(run.phase.central.event, sampling_probability=1e-15)
+    run.phase = replace(run.phase, central=replace(run.phase.central, event=never, cohort_size=3))
     before = run.state
     after, report = run.round()
     assert (report.cohort, report.survivors, report.lost) == (0, 0, None)
@@ -397,16 +399,48 @@ def test_an_empty_cohort_still_adds_noise_and_is_charged(
 
 
 def test_client_level_noise_depends_on_what_it_hides(federation: Callable[..., Any], given: Any) -> None:
-    run = federation(**_merged(server={"cohort_size": 4}))
-    size = run.phase.layout.size
     moves = []
     for value in (0.0, 1e-4):
-        run.trainers(lambda client, value=value: given(np.full(size, value, dtype=np.float32)))
+        run = federation(**_merged(server={"cohort_size": 4}))
+        run.holder = replace(run.holder, ledger_run_id=f"run {value}")  # two runs, of which each may release once
+        update = np.full(run.phase.layout.size, value, dtype=np.float32)
+        run.trainers(lambda client, update=update: given(update))
         after, _ = run_round(run.state, run.phase, run.holder, Silent())
         moves.append(after.params_D - run.state.params_D)
     # had both sums met the same noise, their difference would be the update itself
     assert np.std(moves[0] - moves[1]) > 0.5 * np.std(moves[0])
     assert len(run.holder.ledger.entries()) == 2
+
+
+def test_a_client_level_round_is_released_for_one_input_only(federation: Callable[..., Any], given: Any) -> None:
+    """The cohort is the same each time, so two releases of a round are no two independent samples."""
+    run = federation(**_merged(server={"cohort_size": 4}))
+
+    def tried(value: float) -> tuple[Any, Any]:
+        run.trainers(lambda client: given(np.full(run.phase.layout.size, value, dtype=np.float32)))
+        return run_round(run.state, run.phase, run.holder, Silent())
+
+    first, _ = tried(0.0)
+    other, report = tried(1e-4)
+    assert report.lost == REPEATED
+    assert other.params_D.tobytes() == run.state.params_D.tobytes() != first.params_D.tobytes()
+    assert other.round == first.round
+    again, report = tried(0.0)
+    assert report.lost is None
+    assert again.params_D.tobytes() == first.params_D.tobytes()
+    assert len(run.holder.ledger.entries()) == 1
+
+
+def test_a_cohort_of_which_nobody_survives_is_noised_and_charged(federation: Callable[..., Any], given: Any) -> None:
+    """Else a round whose only sampled client drops out would differ from the same round without that client."""
+    run = federation(**_merged(server={"cohort_size": 4}))
+    run.trainers(lambda client: given(np.full(run.phase.layout.size, np.nan, dtype=np.float32)))
+    before = run.state
+    after, report = run.round()
+    assert (report.cohort, report.survivors, report.lost) == (4, 0, None)
+    noise_D = (after.params_D - before.params_D).astype(np.float64)
+    assert _within(noise_D, run.plan.noise_multiplier * run.phase.central.sensitivity / 4)
+    assert len(run.holder.ledger.entries()) == 1
 
 
 # the messages

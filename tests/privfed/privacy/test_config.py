@@ -7,6 +7,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
+from privfed.errors import UnknownNameError
 from privfed.privacy.config import PrivacyConfig
 
 
@@ -24,6 +25,16 @@ def test_what_holds():
     assert not PrivacyConfig(unit="none").on
     assert not PrivacyConfig(unit="none", target_epsilon=2.0, noise_multiplier=1.0).on
     assert not PrivacyConfig(target_epsilon=1.0).reproducible_noise
+
+
+def test_a_mechanism_is_a_name_or_a_table():
+    for given in ("gaussian", {"name": "gaussian"}, {}):
+        assert PrivacyConfig(target_epsilon=1.0, mechanism=given).mechanism_name == "gaussian"
+    assert PrivacyConfig(target_epsilon=1.0).model_dump()["mechanism"] == {"name": "gaussian"}
+    assert "expected the name of a mechanism or a table with one, got 3" in refused(target_epsilon=1.0, mechanism=3)
+    assert "name must be a string, got 3" in refused(target_epsilon=1.0, mechanism={"name": 3})
+    with pytest.raises(UnknownNameError, match="Did you mean 'gaussian'"):
+        PrivacyConfig(target_epsilon=1.0, mechanism="gausian")
 
 
 def test_an_epsilon_and_a_noise_multiplier_exclude_each_other():

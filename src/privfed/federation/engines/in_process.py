@@ -221,4 +221,5 @@ def _round_record(report: RoundReport, epsilon: float | None) -> dict[str, objec
         "bytes_down": report.bytes_down,
         "update_norm": report.update_norm,
         "saturated": report.saturated,
+        "terms": list(report.terms),
     }
