@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.errors import ConfigError
-from privfed.rules import Pair, Rule
+from privfed.rules import PERIOD, Pair, Rule
 from privfed.types import Float32, ParamLayout
 
 HEAD = "head"
@@ -125,7 +125,7 @@ class Sharing:
 
     def largest(self, rounds: int) -> int:
         """Return the most values that any of the rounds sends."""
-        return max(self.part(number).sent.size for number in range(1, min(rounds, 2) + 1))
+        return max(self.part(number).sent.size for number in range(1, min(rounds, PERIOD) + 1))
 
     def turns(self, round_number: int) -> NDArray[np.float64] | int:
         """Return in how many rounds up to this one each of its sent values was sent; one number where all were."""
@@ -140,7 +140,7 @@ class Sharing:
 
     def must_move(self, rounds: int, local_steps: int) -> frozenset[str]:
         """Return the names of trained tensors that have to differ from their start after so many rounds."""
-        at_rest = [self.rule.resting(number, self.pairs) for number in range(1, min(rounds, 2) + 1)]
+        at_rest = [self.rule.resting(number, self.pairs) for number in range(1, min(rounds, PERIOD) + 1)]
         never = frozenset.intersection(*at_rest)
         personal = set(self.personal.names)
         # A has no gradient while B is at its start, 0: in the first step of a client that keeps its own B

@@ -17,6 +17,8 @@ from privfed.types import Float32
 
 Tensors = Mapping[str, Float32]
 
+PERIOD = 2
+"""Every rule asks for the same after so many rounds."""
 LORA_TUNINGS = frozenset({"lora", "rslora", "pissa", "federa"})
 """Tunings that train both factors of plain LoRA pairs."""
 
@@ -88,7 +90,10 @@ class Rule:
         return ()
 
     def resting(self, round_number: int, pairs: Sequence[Pair]) -> frozenset[str]:  # noqa: ARG002
-        """Return the names of trained tensors that stand still in this round (counted from 1)."""
+        """Return the names of trained tensors that stand still in this round (counted from 1).
+
+        It repeats after ``PERIOD`` rounds.
+        """
         return frozenset()
 
     def remade(self, pairs: Sequence[Pair]) -> frozenset[str]:  # noqa: ARG002
@@ -173,4 +178,4 @@ def _check_variates(name: str, server: ServerConfig, client: ClientConfig) -> No
         )
 
 
-__all__ = ["LORA_TUNINGS", "RULES", "Contribution", "Pair", "Rule", "Setting", "Tensors", "check_rule"]
+__all__ = ["LORA_TUNINGS", "PERIOD", "RULES", "Contribution", "Pair", "Rule", "Setting", "Tensors", "check_rule"]
