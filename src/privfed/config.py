@@ -160,7 +160,7 @@ class RunConfig(Table):
         if mechanism.correlated and RULES.get(self.server.aggregation).alternates:
             raise ValueError(
                 f"privacy.mechanism = {name!r} correlates the noise of one round with the next and "
-                f'server.aggregation = {self.server.aggregation!r} sends other values in each; use mechanism = "gaussian"'
+                f'server.aggregation = {self.server.aggregation!r} sends other values in each; use "gaussian"'
             )
         known = mechanism.codecs
         if known is not None and codec not in known:

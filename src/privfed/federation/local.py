@@ -114,8 +114,8 @@ class LocalTrainer:
         write_flat(self.module, params_D)
         write_named(self.module, work.frozen)
         self.module.train()
+        self._hook_only(work.active)  # before anything is frozen: hooks that go leave their tensors trainable
         with only_training(self.module, work.active):
-            self._hook_only(work.active)
             self._steps(shard, stream, on_step, self._nudges(work))
         delta_D = read_flat(self.module) - params_D
         if not np.isfinite(delta_D).all():

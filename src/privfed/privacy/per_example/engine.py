@@ -25,8 +25,8 @@ from privfed.privacy.per_example.tap import NO_GRADIENT, Recorder, exact_product
 from privfed.privacy.per_example.units import FOLLOW_ERRORS
 from privfed.privacy.per_example.whole import Loss, loop_gradients, vmap_gradients
 
-# what ``prove`` found out about a module: the names of its trained tensors and the level of each
-_PROVED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], tuple[int, ...]]] = weakref.WeakKeyDictionary()
+# what ``prove`` found out about a module: the level of each of its trained tensors, by name
+_PROVED: weakref.WeakKeyDictionary[nn.Module, dict[str, int]] = weakref.WeakKeyDictionary()
 
 
 class PerExampleModel:
@@ -56,8 +56,10 @@ class PerExampleModel:
                     f"Per-example gradients are not available for this model and tuning: {name or 'it'} is a batch "
                     "normalisation, which mixes the examples of a batch; use a model with layer or group norms."
                 )
-        names, levels = _PROVED.get(module, ((), ()))
-        self._levels = list(levels) if names == self.names else [planning.NEAREST] * len(self.names)
+        # of fewer trained tensors than were proved (a rule lets some rest), each keeps its way
+        proved = _PROVED.get(module, {})
+        known = proved.keys() >= set(self.names)
+        self._levels = [proved[name] if known else planning.NEAREST for name in self.names]
         self._recorder = Recorder(len(self.names))
         self._sites: list[Site] | None = None
         self._detach: list[Detach] = []
@@ -142,7 +144,7 @@ class PerExampleModel:
             if not failing or min(self._levels) == planning.WHOLE_LOOP:
                 break
             self._escalate(failing)
-        _PROVED[self.module] = (self.names, tuple(self._levels))
+        _PROVED[self.module] = dict(zip(self.names, self._levels, strict=True))
 
     def _failing(
         self, loss: Loss, batch: Any, size: int, reference: Sequence[torch.Tensor], tolerance: float, total: float
