@@ -148,7 +148,7 @@ def check_carried(before: Mapping[str, str], after: Mapping[str, str], carried: 
 
 
 def _one_at_a_time(module: nn.Module, probe: Examples, row: int) -> list[torch.Tensor]:
-    """Return the gradient of one example; by ``backward``, since checkpointed blocks answer nothing else."""
+    """Return the gradient of one example by a plain backward pass."""
     parameters = [p for _, p in trained(module)]
     for parameter in parameters:
         parameter.grad = None
