@@ -19,6 +19,7 @@ from privfed.federation.client import Broadcast
 from privfed.federation.personal import PERSONAL, PersonalStore, folder_name
 from privfed.federation.progress import Silent
 from privfed.federation.round import run_round
+from privfed.privacy.mechanisms import clip_update
 from privfed.rules.scaffold import CONTROL
 
 LORA = {"name": "lora", "r": 2}
