@@ -31,7 +31,7 @@ CASES: dict[str, Mapping[str, Any]] = {
         "compression": {"name": "stochastic_quantizer", "bits": 10, "max_value": 2.0},
     },
     "flora": {"server": {"aggregation": "flora"}, "secagg": PLAIN, "privacy": {"unit": "none"}},
-    "scaffold": {"server": {"aggregation": "scaffold"}},
+    "scaffold": {"server": {"aggregation": "scaffold", "personal": ["head"]}},
     "fedsa_lora": {"server": {"aggregation": "fedsa_lora"}},
     "personal head": {"server": {"personal": ["head"], "optimizer": "fedyogi", "learning_rate": 0.01}},
     "warm start": {
