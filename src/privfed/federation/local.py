@@ -175,7 +175,7 @@ class LocalTrainer:
         flat = torch.from_numpy(mean_D).float()
         parts = torch.split(flat, [p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
+            parameter.grad = part.view_as(parameter).to(parameter.device)
 
 
 @contextmanager

@@ -83,10 +83,12 @@ def check_gradients(module: nn.Module, probe: Examples, *, private: bool) -> tup
 def frozen_digests(module: nn.Module) -> dict[str, str]:
     """Return the SHA-256 of every frozen parameter and buffer, by name."""
     frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
-    return {
-        name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
-        for name, tensor in [*frozen, *module.named_buffers()]
-    }
+    return {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in [*frozen, *module.named_buffers()]}
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    """Return the tensor's bytes, whatever its type and device."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def check_moved(layout: ParamLayout, start_D: Float32, end_D: Float32, vanishing: frozenset[str]) -> str:
@@ -127,13 +129,16 @@ def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> str:
 
 
 def _one_at_a_time(module: nn.Module, probe: Examples, row: int) -> list[torch.Tensor]:
+    """Return the gradient of one example; by ``backward``, since checkpointed blocks answer nothing else."""
     parameters = [p for _, p in trained(module)]
-    loss = losses(probe, module, probe.batch(np.asarray([row]))).sum()
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for parameter in parameters:
+        parameter.grad = None
+    losses(probe, module, probe.batch(np.asarray([row]))).sum().backward()  # type: ignore[no-untyped-call]
+    found = [parameter.grad for parameter in parameters]
     for (name, _), gradient in zip(trained(module), found, strict=True):
         if gradient is None:
             raise SentinelError(f"The trained tensor {name} has no gradient: training would never move it.")
-    return [g.detach().clone() for g in found]
+    return [g.detach().clone() for g in found if g is not None]
 
 
 def _batched(module: nn.Module, probe: Examples) -> list[torch.Tensor]:

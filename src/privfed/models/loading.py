@@ -68,8 +68,8 @@ def load_model(config: ModelConfig, *, label_names: tuple[str, ...], seed: int) 
     if tokenizer is not None:
         _give_padding(tokenizer, config.name)
         model.config.pad_token_id = tokenizer.pad_token_id
-    if config.task == "causal_lm":
-        model.config.use_cache = False  # training never continues a sequence; generation asks for its cache
+    if getattr(model.config, "use_cache", False):
+        model.config.use_cache = False  # training never continues a sequence; generation asks for its cache itself
     if config.gradient_checkpointing:
         _checkpoint(model)
     if config.quantization == "none":

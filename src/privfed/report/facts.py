@@ -53,8 +53,8 @@ def receipt_facts(
     )
     worst = max(per_client, key=lambda c: per_client[c]) if per_client else None
     score = outcome.score
-    # of classes the loss says nothing that the others do not
-    utility = {name: value for name, value in score.metrics.items() if name != "loss" or score.primary != "accuracy"}
+    # no loss: the other metrics say it, and a loss in a receipt would be taken for one of training
+    utility = {name: value for name, value in score.metrics.items() if name != "loss"}
     utility["n_test"] = float(score.n)
     if "base_perplexity" in outcome.totals:
         utility["base_perplexity"] = outcome.totals["base_perplexity"]

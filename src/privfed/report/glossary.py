@@ -30,11 +30,20 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
         "Secure aggregation",
         "A way to add up the clients' updates without anyone seeing a single one.",
     ),
+    ("Unit", "What one promise protects: one training example, or all the data of one client."),
+)
+
+LANGUAGE: tuple[tuple[str, str], ...] = (
     (
         "Perplexity",
         "How surprised a language model is by the test texts: at 20 it is as unsure of each next token as if 20 were "
         "equally likely. Smaller is better; only models with the same tokens can be compared.",
     ),
     ("ROUGE, BLEU", "How many words and runs of words a generated text shares with the reference."),
-    ("Unit", "What one promise protects: one training example, or all the data of one client."),
 )
+"""Words that only the report of a language model uses."""
+
+
+def glossary(*, language: bool) -> tuple[tuple[str, str], ...]:
+    """Return the words in alphabetical order, with those of language models where the run trained one."""
+    return tuple(sorted((*GLOSSARY, *LANGUAGE))) if language else GLOSSARY

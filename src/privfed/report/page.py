@@ -7,7 +7,7 @@ from typing import Any
 
 from privfed.report import charts, measures, text
 from privfed.report.charts import Chart
-from privfed.report.glossary import GLOSSARY
+from privfed.report.glossary import glossary
 from privfed.report.load import RunView
 from privfed.report.statements import unit_noun
 from privfed.types import VIEWS
@@ -82,7 +82,7 @@ def page(view: RunView) -> dict[str, Any]:
         "per_client": _per_client(receipt),
         "curve": _curve_rows(receipt),
         "events": _event_rows(receipt),
-        "glossary": GLOSSARY,
+        "glossary": glossary(language=any(line.perplexity is not None for line in view.metrics.evals)),
         "setting_words": SETTING_WORDS,
         "unit_noun": unit_noun(view.unit),
     }

@@ -46,7 +46,7 @@ def layout_of(module: nn.Module) -> ParamLayout:
 
 def read_flat(module: nn.Module) -> Float32:
     """Return a copy of the trained parameters as one float32 vector [D]."""
-    return np.concatenate([p.detach().numpy().ravel() for _, p in trained(module)]).astype(np.float32, copy=False)
+    return np.concatenate([p.detach().cpu().numpy().ravel() for _, p in trained(module)]).astype(np.float32, copy=False)
 
 
 def write_flat(module: nn.Module, values_D: Float32) -> None:
