@@ -104,7 +104,7 @@ def share_frozen_work(folder: str) -> None:
     def shared_features(module: Any, head: Any, examples: Any, size: int = 64) -> Any:
         def make() -> Any:
             found = features(module, head, examples, size)
-            return found and (found._features, found._labels)
+            return found and (found._features, found.labels)
 
         tensors = once("features", examples, make)
         return tensors and FeatureExamples(*tensors)

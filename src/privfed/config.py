@@ -129,6 +129,31 @@ class RunConfig(Table):
         return self
 
     @model_validator(mode="after")
+    def _check_precision(self) -> Self:
+        """An example must add at most the clip: what it does to the *rounding* of others' gradients counts too."""
+        if self.privacy.unit != "example":
+            return self
+        reasons = {
+            "autocast": (
+                self.model.autocast == "bf16",
+                "one more example in a batch changes its padding, and the bfloat16 rounding of all the others with it",
+                "none",
+            ),
+            "quantization": (
+                self.model.quantization == "8bit",
+                "8-bit products pick their outlier columns over the whole batch, so examples touch each other",
+                "4bit",
+            ),
+        }
+        for key, (given, reason, instead) in reasons.items():
+            if given:
+                raise ConfigError(
+                    f'model.{key} = "{getattr(self.model, key)}" with privacy.unit = "example": {reason}, and the clip '
+                    f'would not bound what one example does; set model.{key} = "{instead}".'
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> Self:
         cohort = self.server.cohort_size
         if self.secagg.name == "masked" and cohort == 1:

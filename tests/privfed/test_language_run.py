@@ -196,18 +196,25 @@ def test_a_missing_chat_template_is_found_before_the_data(tiny_gpt2: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("model", "options"), [("bert", {}), ("bert", {"gradient_checkpointing": True, "autocast": "bf16"})]
+    ("options", "privacy"),
+    [
+        ({}, {"unit": "example"}),
+        ({"gradient_checkpointing": True}, {"unit": "example"}),
+        ({"autocast": "bf16", "gradient_checkpointing": True}, {"unit": "none"}),
+    ],
 )
-def test_pairs_are_classified(model: str, options: dict[str, Any], tiny_model: Any, tmp_path: Path) -> None:
+def test_pairs_are_classified(
+    options: dict[str, Any], privacy: dict[str, Any], tiny_bert: Path, tmp_path: Path
+) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
     raw = {
-        "model": {"name": str(tiny_model(model)), "max_length": 32, **options},
+        "model": {"name": str(tiny_bert), "max_length": 32, **options},
         "data": {"path": str(data), "text": "question", "text_pair": "answer"},
         "partition": {"name": "iid", "clients": 3},
         "tuning": {"name": "ffa_lora", "r": 2},
         "client": {"optimizer": "sgd", "learning_rate": 0.5, "sampling_probability": 0.3, "local_steps": 1},
         "server": {"rounds": 2},
-        "privacy": {"noise_multiplier": 0.8, "target_delta": 1e-4},
+        "privacy": {"noise_multiplier": 0.8, "target_delta": 1e-4, **privacy},
     }
     receipt = train(parse_config(raw, where="test"), out=tmp_path / "run").receipt
     assert {"accuracy", "macro_f1", "matthews", "majority"} <= set(receipt["utility"])

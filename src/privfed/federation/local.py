@@ -21,7 +21,7 @@ from torch import nn
 from privfed.errors import ClientError, DeadlineError
 from privfed.models.examples import Examples, losses, microbatches
 from privfed.privacy.noise import privatise_sum
-from privfed.privacy.per_example import PerExampleModel, clipped_sum
+from privfed.privacy.per_example import PerExampleModel
 from privfed.rng import PrivateStream
 from privfed.schedule import ClientConfig
 from privfed.tuning.layout import read_flat, trained, write_flat
@@ -156,12 +156,13 @@ class LocalTrainer:
         parameters = model.parameters
         sum_D = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
         for piece in microbatches(self.examples, rows, self.config.physical_batch_size):
-            gradients = model.gradients(
+            model.clipped_sum(
                 lambda module, batch: losses(self.examples, module, batch),
                 self.examples.batch(piece),
                 len(piece),
+                self.dp.l2_clip_norm,
+                into_D=sum_D,
             )
-            sum_D += clipped_sum(gradients, self.dp.l2_clip_norm)[0]
         noised_D = privatise_sum(
             sum_D.numpy(),
             standard_deviation=self.dp.noise_multiplier * self.dp.l2_clip_norm,

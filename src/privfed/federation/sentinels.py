@@ -1,5 +1,6 @@
 """Self-checks that stop a run before a silent failure costs a budget.
 
+* no example's loss or gradient depends on the others of its batch, nor on chance;
 * every trained tensor gets a per-example gradient, equal to one-at-a-time autograd, on a probe batch;
 * frozen weights are the same before and after training, by hash;
 * every trained tensor that has a gradient has moved.
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +21,15 @@ from torch import nn
 
 from privfed.errors import SentinelError
 from privfed.models.examples import Examples, losses
-from privfed.privacy.per_example import PerExampleModel
+from privfed.privacy.per_example import PerExampleModel, clipped_sum
+from privfed.privacy.per_example.coupling import VANISHING, check_independent
 from privfed.rng import experiment_rng
 from privfed.tuning.layout import read_flat, trained, write_flat
 from privfed.types import Float32, ParamLayout
 
 TOLERANCE = 1e-4
-# below this share of the whole gradient a tensor's own gradient is zero up to rounding (softmax ignores a shift of
-# the keys, so attention key biases have none): nothing to compare, and nothing that would have to move
-VANISHING = 1e-6
+# norms without the gradients are rounded upwards where positions cancel
+SUM_TOLERANCE = 1e-3
 
 
 def probe_examples(like: Examples, classes: int) -> Examples:
@@ -54,6 +57,7 @@ def check_gradients(module: nn.Module, probe: Examples, *, private: bool) -> tup
         A sentence for the receipt, and the names of tensors whose gradient vanishes.
 
     Raises:
+        ModelError: If examples of a batch touch each other, or two passes differ.
         SentinelError: Naming the first tensor without a gradient, or with a wrong one.
     """
     if private:
@@ -69,12 +73,13 @@ def check_gradients(module: nn.Module, probe: Examples, *, private: bool) -> tup
         vanishing = _vanishing(names, reference)
         if not private:
             return f"{len(names)} trained tensors have a gradient", vanishing
-        worst = _compare(names, _batched(module, probe), reference, vanishing)
+        check_independent(module, partial(_losses, probe), partial(_batch, probe), len(probe))
+        worst, ways = _batched(module, probe, names, reference, vanishing)
     finally:
         write_flat(module, before)
         for _, parameter in trained(module):
             parameter.grad = None
-    sentence = f"{len(names)} trained tensors: per-example gradients equal autograd's within {worst:.1e}"
+    sentence = f"{len(names)} trained tensors: per-example gradients equal autograd's within {worst:.1e} ({ways})"
     if vanishing:
         sentence += f"; the gradient of {len(vanishing)} vanishes ({sorted(vanishing)[0]} is one)"
     return sentence, vanishing
@@ -129,7 +134,7 @@ def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> str:
 
 
 def _one_at_a_time(module: nn.Module, probe: Examples, row: int) -> list[torch.Tensor]:
-    """Return the gradient of one example; by ``backward``, since checkpointed blocks answer nothing else."""
+    """Return the gradient of one example by a plain backward pass."""
     parameters = [p for _, p in trained(module)]
     for parameter in parameters:
         parameter.grad = None
@@ -141,13 +146,51 @@ def _one_at_a_time(module: nn.Module, probe: Examples, row: int) -> list[torch.T
     return [g.detach().clone() for g in found if g is not None]
 
 
-def _batched(module: nn.Module, probe: Examples) -> list[torch.Tensor]:
+def _losses(probe: Examples, module: nn.Module, batch: Any) -> torch.Tensor:
+    return losses(probe, module, batch)
+
+
+def _batch(probe: Examples, rows: Sequence[int]) -> Any:
+    return probe.batch(np.asarray(rows))
+
+
+def _batched(
+    module: nn.Module,
+    probe: Examples,
+    names: Sequence[str],
+    reference: Sequence[torch.Tensor],
+    vanishing: frozenset[str],
+) -> tuple[float, str]:
+    """Choose the engine's way of each tensor; return the largest error in two batches, and the ways in words."""
     model = PerExampleModel(module)
+    loss = partial(_losses, probe)
+    worst = 0.0
     try:
-        rows = np.arange(len(probe))
-        return model.gradients(lambda m, batch: losses(probe, m, batch), probe.batch(rows), len(rows))
+        everyone = list(range(len(probe)))
+        model.prove(loss, _batch(probe, everyone), len(probe), reference, TOLERANCE)
+        for rows in (everyone, [everyone[-1], 0]):
+            found = model.gradients(loss, _batch(probe, rows), len(rows))
+            wanted = [g[rows] for g in reference]
+            worst = max(worst, _compare(names, found, wanted, vanishing))
+            _compare_sum(model, loss, _batch(probe, rows), wanted)
+        return worst, model.describe()
     finally:
         model.close()
+
+
+def _compare_sum(model: PerExampleModel, loss: Any, batch: Any, wanted: Sequence[torch.Tensor]) -> None:
+    """Show that the clipped sum, which never sees whole gradients, is the one of these gradients."""
+    clip = float(clipped_sum(wanted, 1.0).norms_B.median())
+    got, right = model.clipped_sum(loss, batch, len(wanted[0]), clip), clipped_sum(wanted, clip)
+    errors = [
+        float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+        for found, expected in ((got.norms_B, right.norms_B), (got.sum_D, right.sum_D))
+    ]
+    if not max(errors) <= SUM_TOLERANCE:
+        raise SentinelError(
+            f"The clipped sum differs by {max(errors):.2g} from the one of one-at-a-time gradients "
+            f"(allowed {SUM_TOLERANCE:g}): the clip would not be the one that is accounted."
+        )
 
 
 def _vanishing(names: Sequence[str], reference: Sequence[torch.Tensor]) -> frozenset[str]:

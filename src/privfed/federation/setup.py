@@ -74,8 +74,7 @@ def build(config: RunConfig, material: Material, progress: Progress) -> Workbenc
         train=examples(material.dataset.train),
         test=examples(material.dataset.test),
     )
-    # checkpointed blocks need an input that asks for a gradient, and stored states do not
-    if config.model.dropout == 0.0 and not config.model.gradient_checkpointing:
+    if config.model.dropout == 0.0 and not config.model.gradient_checkpointing:  # which is to save memory, not time
         _cache_frozen(bench, config.model.cache_frozen_gib, progress)
     return bench
 

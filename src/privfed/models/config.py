@@ -23,10 +23,12 @@ class ModelConfig(Table):
             the same alone as in a batch, and short private runs do not gain from dropout.
         device: Where the model runs; ``auto`` takes a GPU where torch finds one (cuda, then mps).
         autocast: ``bf16`` runs forward and backward passes in bfloat16 where torch holds that safe: half the time and
-            memory on processors that have it. Weights, clipping and noise stay in float32 and float64.
+            memory on processors that have it. Weights, clipping and noise stay in float32 and float64. Refused with
+            example-level privacy: rounding this coarse lets examples of a batch touch each other.
         gradient_checkpointing: Keep no activations but those between blocks, and compute the others again in the
             backward pass: less memory, about a third more time. Turns the cache of frozen blocks off.
         quantization: Load the frozen base weights in 4 or 8 bits (needs bitsandbytes); adapters stay in float32.
+            8 bits are refused with example-level privacy, for the same reason.
         cache_frozen_gib: Where the first transformer blocks are frozen, run them once over the data and keep their
             output, if it takes no more than this (4 bytes x hidden width a token); 0 to run them every time.
     """

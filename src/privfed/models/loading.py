@@ -211,13 +211,12 @@ def _quantized(config: ModelConfig) -> dict[str, Any]:
 def _checkpoint(model: Any) -> None:
     """Recompute activations in the backward pass.
 
-    Reentrant: without it, per-example hooks miss the gradients of what is recomputed. Its blocks need an input that
-    asks for a gradient, or they give none to what they hold.
+    Not reentrant: that kind asks every block for an input with a gradient, and so for a backward pass through all of
+    them, and answers no ``torch.autograd.grad``.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 renames the method
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 @contextlib.contextmanager

@@ -180,9 +180,15 @@ def test_tables_that_cannot_hold(keys: dict[str, str], sentence: str) -> None:
             {"model": {"task": "causal_lm"}, "head_warm_start": {"name": "dp_probe"}},
             'trains a classification head, and model.task = "causal_lm" has none',
         ),
+        ({"evaluate": {"generate": 3}}, "which writes no text: set evaluate.generate = 0"),
+        ({"model": {"autocast": "bf16"}}, 'model.autocast = "bf16" with privacy.unit = "example": one more example'),
+        (
+            {"model": {"quantization": "8bit"}},
+            'outlier columns over the whole batch, .* set model.quantization = "4bit"',
+        ),
     ],
 )
-def test_tables_that_contradict_each_other(tables: dict[str, dict[str, str]], sentence: str) -> None:
+def test_tables_that_contradict_each_other(tables: dict[str, dict[str, Any]], sentence: str) -> None:
     raw = {"data": {"path": "rows.jsonl"}}
     merged = {**raw, **{name: {**raw.get(name, {}), **table} for name, table in tables.items()}}
     with pytest.raises(ConfigError, match=sentence):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from privfed.errors import ModelError, PrivfedError, SentinelError
+from privfed.errors import ModelError, SentinelError
 from privfed.federation.sentinels import (
     check_frozen,
     check_gradients,
@@ -21,6 +21,7 @@ from privfed.federation.sentinels import (
 )
 from privfed.models.examples import Examples, FeatureExamples
 from privfed.privacy.per_example import PerExampleModel
+from privfed.privacy.per_example.sites import EmbeddingSite
 from privfed.tuning.layout import layout_of, read_flat
 
 WIDTH, CLASSES = 6, 3
@@ -101,9 +102,15 @@ def test_a_tensor_without_a_gradient_is_named(private: bool) -> None:
 )
 def test_examples_that_touch_each_other_are_caught(couple: Callable[[torch.Tensor], torch.Tensor]) -> None:
     module = Net(couple)
-    # where the gradient is cut off in the batch, Opacus has nothing for the first layer at all
-    with pytest.raises(PrivfedError, match=r"first\.weight|last\.weight|has no gradient for each example"):
+    with pytest.raises(ModelError, match="mixes the examples of a batch"):
         check_gradients(module, _probe(), private=True)
+    check_gradients(module, _probe(), private=False)
+
+
+@pytest.mark.parametrize("chance", [nn.Dropout(0.1), lambda h: h + 1e-3 * torch.randn_like(h)])
+def test_chance_is_caught(chance: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with pytest.raises(ModelError, match="draws random numbers"):
+        check_gradients(Net(chance), _probe(), private=True)
 
 
 def test_a_wrong_gradient_is_named_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,14 +133,24 @@ def test_swapped_examples_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         check_gradients(Net(), _probe(), private=True)
 
 
-def test_a_position_table_looked_up_once_for_the_batch_is_caught(
+def test_a_position_table_looked_up_once_for_the_batch_is_not_taken_for_one_example(
     federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without the expansion the engine falls back to larger parts of the model."""
     run = federation(tuning={"name": "full"})
     probe = probe_examples(run.bench.train, CLASSES)
-    monkeypatch.setattr(PerExampleModel, "_expand", lambda *args: None)
-    with pytest.raises(PrivfedError, match=r"has no gradient for each example|position_embeddings"):
-        check_gradients(run.bench.tuned.model, probe, private=True)
+    assert "closed form embedding" in check_gradients(run.bench.tuned.model, probe, private=True)[0]
+    monkeypatch.setattr(EmbeddingSite, "_expand", lambda *args: None)
+    sentence, _ = check_gradients(run.bench.tuned.model, probe, private=True)
+    assert "unit-vmap" in sentence
+    assert "embedding" not in sentence
+
+
+def test_a_clipped_sum_of_something_else_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = PerExampleModel.clipped_sum
+    monkeypatch.setattr(PerExampleModel, "clipped_sum", lambda self, *args: right(self, *args[:-1], args[-1] * 1.01))
+    with pytest.raises(SentinelError, match=r"clipped sum differs by 0\.0"):
+        check_gradients(Net(), _probe(), private=True)
 
 
 def test_a_layer_that_mixes_examples_by_design_is_refused() -> None:

@@ -141,6 +141,29 @@ def test_autocast_is_near_full_precision_and_leaves_float32_gradients(tiny_model
     assert not examples.probe(2).autocast  # self-checks compare in full precision
 
 
+def test_why_autocast_is_refused_with_example_level_privacy(tiny_llama):
+    """One more example, longer than the rest, changes the padding, the rounding of all others, and so the sum."""
+    from privfed.privacy.per_example import PerExampleModel
+
+    tuned, _ = tuned_model(tiny_llama, "llama", "causal_lm")
+    texts = [" ".join(TEXTS[i % 4].split()[: 1 + i % 3]) for i in range(40)] + [" ".join(TEXTS)]
+    tokenizer = load_model(ModelConfig(name=str(tiny_llama), task="causal_lm"), label_names=(), seed=1).tokenizer
+    examples = LanguageExamples(from_texts(texts, tokenizer, 32), tokenizer)
+    tuned.model.train()
+    shift = {}
+    for autocast in (False, True):
+        examples.autocast = autocast
+        model = PerExampleModel(tuned.model)
+        sums = [
+            model.clipped_sum(lambda m, b: losses(examples, m, b), examples.batch(np.arange(size)), size, 1e-3).sum_D
+            for size in (40, 41)
+        ]
+        alone = model.clipped_sum(lambda m, b: losses(examples, m, b), examples.batch(np.array([40])), 1, 1e-3).sum_D
+        shift[autocast] = float((sums[1] - sums[0] - alone).norm()) / 1e-3
+        model.close()
+    assert shift[False] < 1e-3 < 1e-2 < shift[True]
+
+
 def test_devices_that_are_not_there_are_named():
     assert find_device("cpu") == torch.device("cpu")
     assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else find_device("auto").type)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
@@ -18,7 +16,8 @@ from privfed.models.config import ModelConfig
 from privfed.models.examples import FeatureExamples, TextExamples, losses
 from privfed.models.loading import load_model
 from privfed.privacy.ledger import Ledger
-from privfed.privacy.per_example import PerExampleModel, clipped_sum
+from privfed.privacy.per_example import PerExampleModel
+from privfed.privacy.per_example.sites import EmbeddingSite
 from privfed.rng import PrivateStream
 from privfed.schedule import ClientConfig
 from privfed.tuning import TUNINGS
@@ -115,12 +114,11 @@ def test_tables_that_are_looked_up_once_for_the_whole_batch(tiny_model, family, 
     assert float((wanted[0][0] - wanted[0][1]).norm()) > 1e-3  # examples do differ there
 
 
-def test_a_batch_dimension_of_one_is_refused_and_not_taken_for_one_example(tiny_gpt2):
+def test_a_batch_dimension_of_one_is_refused_and_not_taken_for_one_example(tiny_gpt2, monkeypatch):
     module, tokenizer = tuned_model(tiny_gpt2, "full")
     data, rows = examples(tokenizer), np.arange(len(TEXTS))
     model = PerExampleModel(module)
-    for handle in model._handles:  # as stock Opacus has it
-        handle.remove()
+    monkeypatch.setattr(EmbeddingSite, "_expand", lambda *_: None)  # as stock Opacus has it
     with pytest.raises(ClientError, match="cannot be trained privately"):
         model.gradients(lambda m, batch: losses(data, m, batch), data.batch(rows), len(rows))
     model.close()
@@ -154,12 +152,9 @@ def features(count=5):
     return FeatureExamples(torch.randn(count, 4, generator=random), torch.arange(count) % 3)
 
 
-def test_a_tensor_outside_every_layer_is_exact_or_refused():
+def test_a_tensor_outside_every_layer_is_exact():
     module, data, rows = RawParameter(), features(), np.arange(5)
-    try:
-        found = batched_gradients(module, data, rows)
-    except (ClientError, ModelError):
-        return
+    found = batched_gradients(module, data, rows)
     assert worst_error(found, one_at_a_time(module, data, rows)) < 1e-4
 
 
@@ -198,111 +193,6 @@ def test_closing_takes_every_hook_off(tiny_bert):
     assert after == before
     losses(data, module, data.batch(np.arange(3))).sum().backward()
     assert not any(hasattr(p, "grad_sample") and p.grad_sample is not None for p in module.parameters())
-
-
-# --- clipping -----------------------------------------------------------------------------------------------------
-
-CLIP = 0.7
-
-
-def influence(clip, gradients, bound=CLIP):
-    """Return how far, in L2 norm, the sum moves at most when one example is removed."""
-    everyone = clip(gradients, bound)[0]
-    size = len(gradients[0])
-    moves = []
-    for left_out in range(size):
-        rows = [row for row in range(size) if row != left_out]
-        moves.append(float((everyone - clip([g[rows] for g in gradients], bound)[0]).norm()))
-    return max(moves)
-
-
-def clip_the_batch(gradients, bound):
-    total = torch.cat([g.flatten(1).sum(0) for g in gradients]).double()
-    return total * min(1.0, bound / max(float(total.norm()), 1e-30)), 0
-
-
-def clip_each_tensor(gradients, bound):
-    return torch.cat([clipped_sum([g], bound)[0] for g in gradients]), 0
-
-
-def leave_the_last_tensor_out(gradients, bound):
-    """The norm that decides on the factor does not see the last tensor (the head, say)."""
-    flat = [g.flatten(1).double() for g in gradients]
-    norms_B = torch.stack([g.norm(dim=1) for g in flat[:-1]]).norm(dim=0)
-    return torch.cat([(bound / norms_B.clamp(min=bound)) @ g for g in flat]), 0
-
-
-def do_not_clip(gradients, bound):
-    return torch.cat([g.flatten(1).double().sum(0) for g in gradients]), 0
-
-
-def random_gradients(seed, size, magnitudes):
-    """Return two tensors of gradients, each example with a magnitude of its own."""
-    random = torch.Generator().manual_seed(seed)
-    scale = torch.tensor([magnitudes[i % len(magnitudes)] for i in range(size)], dtype=torch.float32)
-    weights = torch.randn(size, 3, 5, generator=random) * scale[:, None, None]
-    biases = torch.randn(size, 4, generator=random) * scale[:, None]
-    return [weights, biases]
-
-
-MAGNITUDES = st.lists(st.sampled_from([0.0, 1e-30, 1e-12, 1e-3, 0.1, 1.0, 30.0, 1e6, 1e15]), min_size=1, max_size=6)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 2**20),
-    size=st.integers(1, 8),
-    magnitudes=MAGNITUDES,
-    bound=st.sampled_from([1e-6, 0.01, CLIP, 1.0, 1e4]),
-)
-def test_one_example_moves_the_sum_by_no_more_than_the_clip(seed, size, magnitudes, bound):
-    assert influence(clipped_sum, random_gradients(seed, size, magnitudes), bound) <= bound
-
-
-@pytest.mark.parametrize("mutant", [clip_the_batch, clip_each_tensor, leave_the_last_tensor_out, do_not_clip])
-def test_wrong_clipping_would_be_found(mutant):
-    """``clip_the_batch`` needs two opposite outliers: without one of them the other's whole weight shows."""
-    outliers = torch.zeros(3, 2, 2)
-    outliers[0], outliers[1], outliers[2, 0] = 50.0, -50.0, 0.4
-    head = outliers[:, 0] * 3
-    assert influence(clipped_sum, [outliers, head]) <= CLIP
-    opposite = [torch.cat([outliers, outliers]), torch.cat([head, -head])]
-    assert max(influence(mutant, [outliers, head]), influence(mutant, opposite)) > CLIP * 1.2
-
-
-def test_what_is_within_the_bound_is_not_changed_and_what_is_above_is_counted():
-    gradients = [torch.tensor([[0.3, 0.0], [3.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.4], [4.0], [0.0]])]
-    total, above = clipped_sum(gradients, 1.0)
-    assert above == 1
-    assert total.dtype == torch.float64
-    np.testing.assert_allclose(total.numpy(), [0.3 + 0.6, 0.0, 0.4 + 0.8], rtol=2e-5)
-
-
-@pytest.mark.parametrize("values", [6_000_000, 1023, 1025])
-def test_rounding_does_not_lift_a_long_gradient_above_the_bound(values):
-    """A float32 sum of millions of equal squares is too small by up to a percent; a clip by it would not hold."""
-    gradients = [torch.full((2, values), 0.1)]
-    assert influence(clipped_sum, gradients, 1.0) <= 1.0
-    assert influence(clipped_sum, gradients, 1.0) > 0.9999
-
-
-def test_rounding_does_not_add_up_over_a_large_batch():
-    gradients = [torch.full((1024, 3), 0.1)]
-    everyone = clipped_sum(gradients, 0.05)[0]
-    assert float((everyone - clipped_sum([gradients[0][1:]], 0.05)[0]).norm()) <= 0.05
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_gradient_that_is_not_finite_is_refused(bad):
-    gradients = random_gradients(1, 4, [1.0])
-    gradients[1][2, 0] = bad
-    with pytest.raises(ClientError, match="not finite"):
-        clipped_sum(gradients, 1.0)
-
-
-def test_a_gradient_too_large_for_its_norm_is_refused_rather_than_let_through():
-    with pytest.raises(ClientError, match="not finite"):
-        clipped_sum([torch.full((1, 4), 3e38)], 1.0)
 
 
 # --- the DP-SGD step ----------------------------------------------------------------------------------------------
