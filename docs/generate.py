@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import sys
 import types
@@ -25,6 +26,7 @@ from pydantic.fields import FieldInfo
 
 from privfed.catalogue import catalogue
 from privfed.cli import main as command_line
+from privfed.table import Table
 
 FOLDER = Path(__file__).parent
 PART = re.compile(r"(<!-- generated: (?P<what>\w+) (?P<name>[\w. ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -126,7 +128,11 @@ def default(field: FieldInfo) -> str:
         return "unset"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    return f'`"{value}"`' if isinstance(value, str) else f"`{value:.6g}`"
+    if isinstance(value, Table):
+        return f'the table `"{getattr(value, "name", "")}"`'
+    if isinstance(value, str | list | tuple):
+        return f"`{json.dumps(value)}`"
+    return f"`{value:.6g}`"
 
 
 def plain(text: str) -> str:
