@@ -2,10 +2,10 @@
 
 Every contender (plain, privfed, Opacus's hooks, Opacus's ghost clipping) runs on its own copy of the same MiniLM
 with the same batch, one after the other in one process, several times over; the ratio is the median of each turn's
-own ratio to that turn's plain step, so a machine that is slower for a while slows all of them. Peak memory is of a
-fresh process each, above the model and the batch (Linux). ``text`` sets the plain step (microbatches sorted by
-length) against one that pads to the maximum, as a Hugging Face Trainer does with ``padding="max_length"``, on the
-same real texts.
+own ratio to that turn's plain step, in CPU seconds of one thread, so other work on the machine hardly counts. Peak
+memory is of a fresh process each, above the model and the batch (Linux). ``text`` sets the plain step (microbatches
+sorted by length) against one that pads to the maximum, as a Hugging Face Trainer does with ``padding="max_length"``,
+on the same real texts.
 
     python benchmarks/dp_step.py
     python benchmarks/dp_step.py --cases "lora q,v" full --turns 5 --no-memory
@@ -193,9 +193,9 @@ def time_case(case: str, turns: int) -> dict[str, float | str]:
     for turn in range(turns):
         names = list(steps) if turn % 2 == 0 else list(reversed(steps))
         for name in names:
-            started = time.perf_counter()
+            started = time.process_time()
             steps[name]()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     for name in steps:
         ratios[name] = statistics.median(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))
     return {"plain seconds": statistics.median(seconds["plain"]), **ratios}
@@ -273,9 +273,9 @@ def time_text(turns: int) -> dict[str, float]:
         for name, step in (("to the maximum", padded), ("sorted", by_length)):
             for parameter in trained:
                 parameter.grad = None
-            started = time.perf_counter()
+            started = time.process_time()
             step(rows)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     pairs = list(zip(seconds["to the maximum"], seconds["sorted"], strict=True))
     gaps = [abs(a - b) for a, b in zip(mean_losses["to the maximum"], mean_losses["sorted"], strict=True)]
     return {
@@ -325,7 +325,8 @@ def _print_case(case: str, turns: int, *, memory: bool) -> None:
         cells.append(f"{name} {cell}")
     title = f"{case}, {size} x {tokens}"
     print(
-        f"{title:28} plain {ratios['plain seconds'] * 1e3:6.0f} ms  target {target:.2f}  {'  '.join(cells)}", flush=True
+        f"{title:28} plain {1e3 * float(ratios['plain seconds']):6.0f} ms  target {target:.2f}  {'  '.join(cells)}",
+        flush=True,
     )
 
 

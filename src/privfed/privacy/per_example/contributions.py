@@ -201,7 +201,10 @@ class Sum(Contribution):
     def squares(self) -> torch.Tensor:
         values = self.parts[0].rows(0, 1).numel()
         step = max(1, _CHUNK_VALUES // max(1, values))
-        return torch.cat([squares(self.rows(a, b).reshape(b - a, -1)) for a, b in _chunks(self.size, step)])
+        found_B = torch.cat([squares(self.rows(a, b).reshape(b - a, -1)) for a, b in _chunks(self.size, step)])
+        # parts that cancel are added to the sum one after the other, and rounded apart
+        rounded_B = torch.stack([part.squares().sqrt() for part in self.parts]).sum(dim=0)
+        return (found_B.sqrt() + 16 * _UNIT_ROUNDOFF * rounded_B).square()
 
     def add_to(self, out: torch.Tensor, factors_B: torch.Tensor) -> None:
         for part in self.parts:
@@ -236,8 +239,9 @@ class Tied(Sum):
         products_BTS = torch.bmm(outer.right.float(), lookup.gradient.transpose(1, 2))
         cross_B = (double(picked_BTS) * double(products_BTS)).sum(dim=(1, 2))
         other_B = double(lookup.gradient.norm(dim=2)).sum(dim=1) + _TINY
-        margin_B = outer.rounding * mass_B * other_B
-        return (lookup.squares() + of_outer_B + 2 * (cross_B + margin_B)).clamp(min=0)
+        # what squares_and_mass adds for the outer side alone, for both sides
+        margin_B = outer.rounding * other_B * (2 * mass_B + other_B)
+        return (lookup.squares() + of_outer_B + 2 * cross_B + margin_B).clamp(min=0)
 
 
 def outer(left: torch.Tensor, right: torch.Tensor, shape: torch.Size) -> Contribution:
