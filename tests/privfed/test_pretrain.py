@@ -43,7 +43,7 @@ def test_the_folder_is_plain_transformers_and_says_what_it_was_made_of(tmp_path:
 
 
 def test_equal_seeds_give_equal_weights_and_others_do_not(tmp_path: Path) -> None:
-    weights = {}
+    weights: dict[str, Any] = {}
     for place, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.manual_seed(len(weights))  # the recipe's seed alone counts
         run("digits_vit", tmp_path / place, f"seed={seed}")

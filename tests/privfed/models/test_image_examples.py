@@ -109,7 +109,9 @@ def test_the_format_is_read_from_config_and_processor() -> None:
 
 def test_a_probe_holds_nothing_of_the_images(tiny_vit: Path) -> None:
     form = examples(load(tiny_vit)).form
-    probes = [ImageExamples(pictures(5, 8, 8, 1, seed=seed), np.zeros(5), form).probe(3) for seed in (1, 2)]
+    probes = [
+        ImageExamples(pictures(5, 8, 8, 1, seed=seed), np.zeros(5, dtype=np.int64), form).probe(3) for seed in (1, 2)
+    ]
     batches = [probe.batch(np.arange(len(probe))) for probe in probes]
     assert torch.equal(batches[0].inputs["pixel_values"], batches[1].inputs["pixel_values"])
     assert batches[0].labels_B is not None
@@ -166,7 +168,8 @@ def test_the_head_is_new_whatever_the_checkpoint_had(tiny_vit: Path, tmp_path: P
     assert found.classifier.weight.shape == (3, 16)
     assert not found.classifier.bias.any()
     assert 0 < float(found.classifier.weight.detach().std()) < 0.5
-    assert torch.equal(found.classifier.weight, load(folder).model.classifier.weight)  # type: ignore[union-attr]
+    again: Any = load(folder).model
+    assert torch.equal(found.classifier.weight, again.classifier.weight)
     for name, tensor in before.vit.state_dict().items():
         assert torch.equal(found.vit.state_dict()[name], tensor)
 

@@ -36,7 +36,7 @@ class SmallVitConfig(Table):
 
     seed: int = Field(default=0, ge=0)
     image_size: Size = 28
-    patch_size: Count = 4
+    patch_size: Count = 7
     num_channels: int = Field(default=1, ge=1, le=4)
     hidden_size: int = Field(default=64, ge=4)
     layers: Count = 4
