@@ -14,6 +14,7 @@ from privfed.errors import unknown_name
 from privfed.models import MODELS
 from privfed.models.recipes import RECIPES
 from privfed.registry import Registry
+from privfed.rules import RULES
 from privfed.tuning import TUNINGS
 
 
@@ -69,6 +70,7 @@ def _mechanisms() -> dict[str, str]:
 KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "tunings": lambda: _plugins(TUNINGS),
     "codecs": lambda: _plugins(CODECS),
+    "rules": lambda: _plugins(RULES),
     "mechanisms": _mechanisms,
     "accountants": lambda: {
         "pld": "privacy loss distributions (dp-accounting): tight; the default",
