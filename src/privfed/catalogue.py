@@ -41,7 +41,7 @@ def lines(found: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _plugins(registry: Registry[Any]) -> dict[str, str]:
-    return {name: _first_line(_module_doc(entry)) for name, entry in registry.items()}
+    return {name: getattr(entry, "summary", "") or _first_line(_module_doc(entry)) for name, entry in registry.items()}
 
 
 def _module_doc(entry: Any) -> str:
