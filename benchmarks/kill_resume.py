@@ -212,7 +212,9 @@ def differences(trainer: Trainer, whole: str, broken: str) -> list[str]:
 
 
 def _adapter(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "adapter").iterdir())}
+    """Return the hashes of the adapter's files, and of the clients' own where there are any."""
+    files = [path for name in ("adapter", "clients") for path in sorted((folder / name).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _row(charge: Any) -> dict[str, Any]:

@@ -71,7 +71,9 @@ def table(path: str) -> str:
     """Return a Markdown table of the keys of the configuration table at ``path``."""
     module, _, name = path.rpartition(".")
     model = getattr(importlib.import_module(module), name)
-    said = attributes(inspect.getdoc(model) or "")
+    said = {
+        k: v for base in reversed(model.__mro__) for k, v in attributes(inspect.cleandoc(base.__doc__ or "")).items()
+    }
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for key, field in model.model_fields.items():
         meaning = said.get(key) or USUAL.get(key, "")

@@ -14,6 +14,7 @@ from privfed.errors import unknown_name
 from privfed.models import MODELS
 from privfed.models.recipes import RECIPES
 from privfed.registry import Registry
+from privfed.rules import RULES
 from privfed.tuning import TUNINGS
 
 
@@ -40,7 +41,7 @@ def lines(found: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _plugins(registry: Registry[Any]) -> dict[str, str]:
-    return {name: _first_line(_module_doc(entry)) for name, entry in registry.items()}
+    return {name: getattr(entry, "summary", "") or _first_line(_module_doc(entry)) for name, entry in registry.items()}
 
 
 def _module_doc(entry: Any) -> str:
@@ -69,6 +70,7 @@ def _mechanisms() -> dict[str, str]:
 KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "tunings": lambda: _plugins(TUNINGS),
     "codecs": lambda: _plugins(CODECS),
+    "rules": lambda: _plugins(RULES),
     "mechanisms": _mechanisms,
     "accountants": lambda: {
         "pld": "privacy loss distributions (dp-accounting): tight; the default",

@@ -123,6 +123,25 @@ def report(folder: Path, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write, new or empty.")
+@click.option("--merge", is_flag=True, help="Write the whole model with the adapter merged in, for transformers.")
+@json_option
+def export(folder: Path, out: Path, merge: bool, as_json: bool) -> None:
+    """Write what a run trained: the adapter, or with --merge a whole model."""
+
+    def body() -> dict[str, Any]:
+        from privfed.export import export as write
+        from privfed.export import lines
+
+        found = write(folder, out, merge=merge)
+        _say(as_json, *lines(found))
+        return found
+
+    _run(body, as_json)
+
+
+@main.command()
 @click.argument("source", metavar="RUN.TOML|PRESET")
 @set_option
 @click.option("--clients", type=click.IntRange(min=1), help="Number of clients, so that no data is read.")
@@ -211,7 +230,10 @@ def config_validate(source: str, settings: tuple[str, ...], as_json: bool) -> No
     """Exit 0 if the configuration can hold, 2 with the reason if not."""
 
     def body() -> dict[str, Any]:
+        from privfed.tuning import check
+
         found = _config(source, settings)
+        check(found.tuning, found.model.task)
         _say(as_json, f"{source} is valid (digest {found.digest()[:12]})")
         return {"valid": True, "digest": found.digest()}
 

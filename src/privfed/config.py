@@ -24,6 +24,7 @@ from privfed.errors import ConfigError, UnknownNameError, nearest, unknown_name
 from privfed.models.config import ModelConfig
 from privfed.privacy.config import PrivacyConfig
 from privfed.registry import Registry
+from privfed.rules import check_rule
 from privfed.schedule import ClientConfig, HeadWarmStart, ServerConfig
 from privfed.table import Table
 from privfed.tuning import TUNINGS
@@ -166,6 +167,13 @@ class RunConfig(Table):
                 'server.weighting = "examples" with privacy.unit = "client": weights would depend on the protected '
                 'client; use weighting = "uniform"'
             )
+        check_rule(
+            self.server,
+            self.client,
+            tuning=str(getattr(self.tuning, "name", "")),
+            unit=self.privacy.unit,
+            masked=self.secagg.name == "masked",
+        )
         return self
 
     def digest(self) -> str:

@@ -23,7 +23,7 @@ from privfed.config import RunConfig, differences, parse_config
 from privfed.errors import BudgetExceededError, ConfigError, PrivfedError, ResumeError
 from privfed.federation import folder as folders
 from privfed.federation import material as materials
-from privfed.federation import sentinels, setup
+from privfed.federation import saving, sentinels, setup
 from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.client import Holder
 from privfed.federation.engines.in_process import Outcome, run_phases
@@ -105,6 +105,7 @@ class _Run:
     plan: Plan | None = None
     bench: setup.Workbench | None = None
     results: dict[str, str] | None = None
+    stage: setup.Stage | None = None
 
     def train(self) -> Outcome:
         """Plan, check, train every phase, check again."""
@@ -113,7 +114,10 @@ class _Run:
         self._approve(holder)
         self.watch.message(f"Loading {self.config.model.name}")
         self.bench = setup.build(self.config, self.material, self.watch)
-        stages = setup.make_stages(self.config, self.material, self.bench, self.plan, holder, self.watch)
+        stages = setup.make_stages(
+            self.config, self.material, self.bench, self.plan, holder, self.watch, self.folder.own
+        )
+        self.stage = stages[TRAIN]
         vanishing = self._check_before(stages)
         frozen = sentinels.frozen_digests(self.bench.tuned.model)
         self._open_metrics(stages)
@@ -126,7 +130,7 @@ class _Run:
 
     def finish(self, outcome: Outcome, started: float) -> RunResult:
         """Write adapter, receipt and report; erase the run's key."""
-        digest = self._save_adapter()
+        digest = self._save_adapter(outcome)
         record = self._finish_record(outcome, digest, time.perf_counter() - started)
         self.folder.log(record)
         facts = receipt_facts(
@@ -139,6 +143,7 @@ class _Run:
             adapter_digest=digest,
             sentinels=self.results or {},
             versions=versions(),
+            notes=saving.notes(self._stage()),
         )
         receipt = build_receipt(facts)
         write_receipt(self.folder.path / "receipt.json", receipt)
@@ -217,16 +222,23 @@ class _Run:
         stage = stages[TRAIN]
         after = sentinels.frozen_digests(self._bench().tuned.model)
         results = self.results if self.results is not None else {}
-        results["frozen"] = f"passed: {sentinels.check_frozen(frozen, after)}"
-        if stage.phase.plan.rounds * stage.phase.plan.local_steps > 1:
-            start = outcome.start_D[TRAIN]
-            moved = sentinels.check_moved(stage.phase.layout, start, outcome.state.params_D, vanishing)
+        plan, sharing = stage.phase.plan, stage.phase.sharing
+        results["frozen"] = f"passed: {sentinels.check_frozen(frozen, after, sharing.carried)}"
+        if plan.rounds * plan.local_steps > 1:
+            sentinels.check_carried(frozen, after, sharing.carried)
+            still = vanishing | (set(sharing.layout.names) - sharing.must_move(plan.rounds, plan.local_steps))
+            moved = sentinels.check_moved(sharing.layout, outcome.start_D[TRAIN], outcome.state.params_D, still)
             results["moved"] = f"passed: {moved}"
 
     def _bench(self) -> setup.Workbench:
         if self.bench is None:
             raise RuntimeError("the model is not loaded yet")
         return self.bench
+
+    def _stage(self) -> setup.Stage:
+        if self.stage is None:
+            raise RuntimeError("the phases are not made yet")
+        return self.stage
 
     def _open_metrics(self, stages: Mapping[str, setup.Stage]) -> None:
         """Write the partition and the opening line, unless a resumed run has them."""
@@ -250,11 +262,15 @@ class _Run:
             }
         )
 
-    def _save_adapter(self) -> str:
-        """Write ``adapter/`` so that it is there whole or not at all; return the weights' SHA-256."""
+    def _save_adapter(self, outcome: Outcome) -> str:
+        """Write ``adapter/`` so that it is there whole or not at all; return the weights' SHA-256.
+
+        Clients' own models go to ``clients/``, where they have any.
+        """
+        saving.save_clients(self._bench().tuned, self._stage(), outcome.state, self.folder.clients)
         temporary = self.folder.path / "adapter.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        self._bench().tuned.save(temporary)
+        saving.save_model(self._bench().tuned, self._stage(), temporary)
         if self.material.dataset.label_names:
             names = json.dumps(list(self.material.dataset.label_names), ensure_ascii=False, indent=1)
             (temporary / "label_names.json").write_text(names + "\n", encoding="utf-8")

@@ -21,6 +21,8 @@ class ClientConfig(Table):
         sampling_probability: The other way to say it: each example takes part in a step with this probability,
             the same for all clients, so expected batches grow with the shard. Give one of the two.
         local_steps: Optimiser steps a round.
+        proximal_mu: FedProx (Li et al. 2020, arXiv 1812.06127): adds mu * (w - w_round_start) to each gradient; 0 for
+            none. With privacy it is added after clipping and noise, so it changes neither.
         physical_batch_size: Examples that go through the model at once: memory, not privacy or results.
         deadline_s: Seconds after which a client counts as dropped.
     """
@@ -33,6 +35,7 @@ class ClientConfig(Table):
     batch_size: int | None = Field(default=None, ge=1)
     sampling_probability: float | None = Field(default=None, gt=0, le=1)
     local_steps: int = Field(default=5, ge=1)
+    proximal_mu: float = Field(default=0.0, ge=0)
     physical_batch_size: int = Field(default=32, ge=1)
     deadline_s: float = Field(default=600.0, gt=0)
 
@@ -60,27 +63,51 @@ class ServerConfig(Table):
     """How the server combines updates.
 
     Attributes:
-        aggregation: ``fedavg`` (McMahan et al. 2017).
+        aggregation: The rule, by name; ``privfed ls rules`` lists them.
+        personal: Trained tensors that stay with each client: ``head``, or patterns of tensor names with ``*``.
         weighting: ``uniform``, or ``examples``: in proportion to the client's number of examples.
-        optimizer: ``sgd`` (with ``momentum``; learning rate 1 is plain averaging) or ``adam`` (FedOpt, Reddi et
-            al. 2021) on the averaged update.
+        optimizer: On the averaged update: ``sgd`` (with ``momentum``; learning rate 1 is plain averaging), ``adam``
+            (with bias correction, as in torch), ``fedavgm`` (Hsu et al. 2019, arXiv 1909.06335), or ``fedadagrad``,
+            ``fedadam``, ``fedyogi`` (Reddi et al. 2021, arXiv 2003.00295, Algorithm 2).
+        momentum: Of ``sgd`` and ``fedavgm``.
+        beta1: Of ``adam``, ``fedadagrad``, ``fedadam`` and ``fedyogi``: decay of the first moment.
+        beta2: Of ``adam``, ``fedadam`` and ``fedyogi``: decay of the second moment.
+        epsilon: Added to the denominator by ``adam``.
+        tau: Adaptivity of ``fedadagrad``, ``fedadam``, ``fedyogi``: added to the denominator, and the square root of
+            the second moment's start.
         rounds: Rounds of training.
         cohort_size: Clients a round: exactly, or expected under client-level privacy (Poisson sampling).
             None for all clients.
         evaluate_every: Evaluate on the test split each so many rounds (and after the last).
+        evaluate_clients: Where parts are personal, score at most so many clients: each needs a pass of its own.
+        meter: Record how far the average of the factors is from the average of the products. It reads what single
+            clients sent: a simulator's figure, marked as such in metrics.jsonl and no part of the release.
     """
 
-    aggregation: Literal["fedavg"] = "fedavg"
+    aggregation: str = "fedavg"
+    personal: list[str] = Field(default_factory=list)
     weighting: Literal["uniform", "examples"] = "uniform"
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "sgd"
     learning_rate: float = Field(default=1.0, gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.99, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
+    tau: float = Field(default=1e-3, gt=0)
     rounds: int = Field(default=10, ge=1)
     cohort_size: int | None = Field(default=None, ge=1)
     evaluate_every: int = Field(default=5, ge=1)
+    evaluate_clients: int = Field(default=100, ge=1)
+    meter: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.optimizer == "fedavgm" and not self.momentum:
+            raise ValueError(
+                'optimizer = "fedavgm" with momentum = 0.0 is plain averaging; set momentum (0.9 is usual), '
+                'or optimizer = "sgd"'
+            )
+        return self
 
 
 class HeadWarmStart(Table):

@@ -213,7 +213,7 @@ def test_tables_are_frozen():
         ("client.optimiser=sgd", ["Unknown key 'client.optimiser'", "'optimizer'"]),
         ("compression.bits=4", ["Unknown key 'compression.bits'", "Known: name, max_value"]),
         ("sed=4", ["Unknown key 'sed'", "'seed'"]),
-        ("tuning.name=loraa", ["Unknown tuning 'loraa'", "'lora'", "Known: bitfit"]),
+        ("tuning.name=loraa", ["Unknown tuning 'loraa'", "'lora'", "Known: adalora"]),
         ("compression.name=zip", ["Unknown codec 'zip'", "Known: identity, stochastic_quantizer"]),
         ("partition.name=direchlet", ["Unknown partitioner", "Did you mean 'dirichlet'"]),
         ("privacy.target_epsilon=0", ["target_epsilon is 0", "above 0"]),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-KILLS, SEED = 5, 1
+KILLS, FEWER, SEED = 5, 3, 1
 
 
 @pytest.fixture(scope="module")
@@ -27,24 +27,33 @@ def benchmark() -> ModuleType:
     return module
 
 
+SERVER = {"rounds": 5, "evaluate_every": 2}
+RUNS = {
+    "warm start": {
+        "server": {**SERVER, "optimizer": "adam", "learning_rate": 0.05},
+        "head_warm_start": {"name": "dp_probe", "rounds": 2},
+    },
+    "own states": {"server": {**SERVER, "aggregation": "scaffold", "personal": ["head"]}},
+    "carried weights": {"server": {**SERVER, "aggregation": "frlora"}, "tuning": {"name": "lora", "r": 2}},
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", list(RUNS))
 def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(
-    benchmark: ModuleType, tiny_config: Callable[..., Any], tmp_path: Path
+    kind: str, benchmark: ModuleType, tiny_config: Callable[..., Any], tmp_path: Path
 ) -> None:
-    config = tiny_config(
-        privacy={"target_epsilon": None, "noise_multiplier": 1.0, "accountant": "rdp"},
-        server={"rounds": 5, "optimizer": "adam", "learning_rate": 0.05, "evaluate_every": 2},
-        head_warm_start={"name": "dp_probe", "rounds": 2},
-    )
+    config = tiny_config(privacy={"target_epsilon": None, "noise_multiplier": 1.0, "accountant": "rdp"}, **RUNS[kind])
     path = tmp_path / "run.toml"
     path.write_text(config.to_toml(), encoding="utf-8")
     trainer = benchmark.Trainer(str(path), [], tmp_path)
     marks = trainer.measure("whole")
     assert 0 < marks.folder < marks.training < marks.trained < marks.end
     finished: list[str] = []
-    when = benchmark.moments(marks, KILLS, random.Random(SEED))
+    count = KILLS if kind == "warm start" else FEWER
+    when = benchmark.moments(marks, count, random.Random(SEED))
     kills = list(benchmark.kill_and_resume(trainer, when, finished))
-    assert len(kills) == KILLS
+    assert len(kills) == count
     assert finished
     for name in finished:
         assert benchmark.differences(trainer, "whole", name) == []

@@ -16,7 +16,8 @@ from privfed.errors import ResumeError
 from privfed.federation.state import ServerState
 from privfed.files import write_atomic
 
-VERSION = "1"
+VERSION = "2"
+_READABLE = {"1", VERSION}  # version 1 had nothing carried
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` to ``path`` (safetensors with the small fields as metadata)."""
     state = checkpoint.state
     tensors = {"params": state.params_D, **{f"optimizer.{k}": v for k, v in state.optimizer.items()}}
+    tensors |= {f"carried.{k}": v for k, v in state.carried.items()}
     fields = {
         "version": VERSION,
         "phase": state.phase,
@@ -63,7 +65,7 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
         with safe_open(path, framework="numpy") as file:
             fields: dict[str, Any] = json.loads((file.metadata() or {})["privfed"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if fields["version"] != VERSION:
+        if fields["version"] not in _READABLE:
             raise ResumeError(f"{path} is a checkpoint of version {fields['version']}, expected {VERSION}.")
         return _parsed(fields, tensors)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
@@ -75,7 +77,12 @@ def _parsed(fields: Mapping[str, Any], tensors: dict[str, Any]) -> Checkpoint:
         phase=fields["phase"],
         round=fields["round"],
         params_D=tensors.pop("params"),
-        optimizer={name.removeprefix("optimizer."): value for name, value in tensors.items()},
+        optimizer=_under("optimizer.", tensors),
         taken=fields["taken"],
+        carried=_under("carried.", tensors),
     )
     return Checkpoint(state=state, metrics_bytes=fields["metrics_bytes"], totals=fields["totals"])
+
+
+def _under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -25,8 +25,9 @@ def balanced_cohort(
         round_number: The round, counted from 1.
     """
     order = experiment_rng(seed, "cohort", phase, round_number).permutation(len(clients))
-    ranked = sorted(range(len(clients)), key=lambda i: (taken.get(clients[i], 0), order[i]))
-    return tuple(sorted(clients[i] for i in ranked[:size]))
+    counts = np.fromiter((taken.get(client, 0) for client in clients), dtype=np.int64, count=len(clients))
+    ranked = np.lexsort((order, counts))
+    return tuple(sorted(clients[int(i)] for i in ranked[:size]))
 
 
 def poisson_cohort(clients: Sequence[str], probability: float, stream: PrivateStream) -> tuple[str, ...]:

@@ -23,12 +23,17 @@ WEIGHT_STEPS = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """What a round's exchange gave the server."""
+    """What a round's exchange gave the server.
+
+    Attributes:
+        single: The encoding of each survivor, where a rule needs them and nothing is masked.
+    """
 
     total: EncodedSum | None
     survivors: tuple[str, ...]
     bytes_up: int
     bytes_down: int
+    single: tuple[EncodedSum, ...] = ()
 
 
 class Link(Protocol):
@@ -45,11 +50,19 @@ class Link(Protocol):
 
 
 class PlainLink:
-    """No masking: the server reads each message and adds its values."""
+    """No masking: the server reads each message and adds its values.
 
-    def __init__(self, codec: str, length: int) -> None:
+    Args:
+        codec: Name of the codec.
+        length: Number of values.
+        keep: Whether to keep each message's values beside their sum.
+    """
+
+    def __init__(self, codec: str, length: int, *, keep: bool = False) -> None:
         self._codec = codec
         self._length = length
+        self._keep = keep
+        self._single: list[EncodedSum] = []
         self._scale = 1.0
         self._sum: NDArray[np.float64] | NDArray[np.int64] | None = None
         self._weight = 0.0
@@ -67,15 +80,24 @@ class PlainLink:
         """Return the sum of the values received."""
         total = None
         if self._sum is not None:
-            total = EncodedSum(
-                sum_M=self._sum,
-                codec=self._codec,
-                scale=self._scale,
-                length=self._length,
-                survivors=len(self._survivors),
-                total_weight=self._weight,
-            )
-        return Collected(total=total, survivors=tuple(self._survivors), bytes_up=self._bytes, bytes_down=0)
+            total = self._encoded(self._sum, len(self._survivors), self._weight)
+        return Collected(
+            total=total,
+            survivors=tuple(self._survivors),
+            bytes_up=self._bytes,
+            bytes_down=0,
+            single=tuple(self._single),
+        )
+
+    def _encoded(self, values: NDArray[np.float64] | NDArray[np.int64], survivors: int, weight: float) -> EncodedSum:
+        return EncodedSum(
+            sum_M=values,
+            codec=self._codec,
+            scale=self._scale,
+            length=self._length,
+            survivors=survivors,
+            total_weight=weight,
+        )
 
     def _receive(self, message: bytes) -> None:
         self._bytes += len(message)
@@ -86,6 +108,8 @@ class PlainLink:
             raise ProtocolError(f"{client_id} encoded in another way than the others: the sum would mean nothing.")
         else:
             self._sum += values
+        if self._keep:
+            self._single.append(self._encoded(values, 1, weight))
         self._weight += weight
         self._survivors.append(client_id)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,14 @@ class Score:
             (how often the likeliest token is the right one) and tokens, their number.
         n: Number of examples.
         per_class: Precision, recall and F1 of each class.
+        right_N: Of classes: 1 where the answer is right, else 0; empty for a language model.
     """
 
     primary: str
     metrics: Mapping[str, float]
     n: int
     per_class: tuple[dict[str, Any], ...] = ()
+    right_N: NDArray[np.float64] = field(default_factory=lambda: np.empty(0), repr=False)
 
     @property
     def value(self) -> float:
@@ -64,6 +66,25 @@ def evaluate(module: nn.Module, examples: Examples, label_names: Sequence[str], 
         if isinstance(examples, LabelledExamples | FeatureExamples):
             return _classes(module, examples, label_names, size)
     raise TypeError(f"There is no score for {type(examples).__name__}.")
+
+
+def right_answers(
+    module: nn.Module, examples: Examples, rows: NDArray[np.int64], *, size: int = 64
+) -> NDArray[np.float64]:
+    """Return 1 where a classifier's answer to an example of ``rows`` is right, else 0, in the order of ``rows``.
+
+    Raises:
+        TypeError: If the examples have no classes.
+    """
+    if not isinstance(examples, LabelledExamples | FeatureExamples):
+        raise TypeError(f"{type(examples).__name__} have no classes.")
+    right_N = np.zeros(len(examples), dtype=np.float64)
+    module.eval()
+    with torch.no_grad():
+        for some in microbatches(examples, rows, size):
+            predicted_B = examples.logits(module, examples.batch(some)).argmax(dim=1).cpu()
+            right_N[some] = (predicted_B == examples.labels[torch.from_numpy(some)]).numpy()
+    return right_N[rows]
 
 
 def _classes(
@@ -106,7 +127,13 @@ def _class_score(
         "loss": loss,
         "majority": float(support.max() / max(1, len(truth_N))),
     }
-    return Score(primary="accuracy", metrics=metrics, n=len(truth_N), per_class=per_class)
+    return Score(
+        primary="accuracy",
+        metrics=metrics,
+        n=len(truth_N),
+        per_class=per_class,
+        right_N=(predicted_N == truth_N).astype(np.float64),
+    )
 
 
 def _tokens(module: nn.Module, examples: LanguageExamples, size: int) -> Score:

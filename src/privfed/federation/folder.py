@@ -38,6 +38,16 @@ class RunFolder:
         return self.path / "checkpoint" / "state.safetensors"
 
     @property
+    def own(self) -> Path:
+        """What each client keeps to itself between rounds; on one machine only because clients are simulated."""
+        return self.path / "checkpoint" / "clients"
+
+    @property
+    def clients(self) -> Path:
+        """Each client's own model, where parts of it are personal."""
+        return self.path / "clients"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line."""
         return self.path / "metrics.jsonl"

@@ -77,6 +77,8 @@ def generate(model: Any, examples: LanguageExamples, count: int, max_new_tokens:
 def _continued(model: Any, tokenizer: Any, prompt: Any, max_new_tokens: int) -> Any:
     from transformers import GenerationConfig
 
+    from privfed.tuning.adapters import quiet
+
     longest = getattr(model.config, "max_position_embeddings", None)
     room = max_new_tokens if longest is None else min(max_new_tokens, longest - len(prompt))
     if room < 1:
@@ -90,7 +92,7 @@ def _continued(model: Any, tokenizer: Any, prompt: Any, max_new_tokens: int) -> 
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return found[0, len(prompt) :].cpu().numpy()
 

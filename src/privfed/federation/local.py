@@ -8,9 +8,9 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from privfed.errors import ClientError, DeadlineError
+from privfed.federation.pairs import only_training, write_named
 from privfed.models.examples import Examples, losses, microbatches
 from privfed.privacy.noise import privatise_sum
 from privfed.privacy.per_example import PerExampleModel
@@ -38,12 +39,28 @@ class ExampleDp:
     noise_multiplier: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a round asks of a client beside training.
+
+    Attributes:
+        active: Names of the tensors to train; None for all trained ones.
+        frozen: Values to set by name before training, of tensors that are not trained.
+        correction_D: Added to each step's gradient, after clipping and noise where there is privacy; only where all
+            tensors are trained.
+    """
+
+    active: frozenset[str] | None = None
+    frozen: Mapping[str, Float32] = field(default_factory=dict, repr=False)
+    correction_D: Float32 | None = field(default=None, repr=False)
+
+
 class LocalTrainer:
     """Trains one module on any client's shard; the federation's clients of one process share it.
 
     Args:
         module: The model (or the head alone); its trained parameters are what moves.
-        head_prefix: Names starting with this get ``head_learning_rate``; None where the model has no head.
+        head_prefix: Names starting with this get ``head_learning_rate``; None for a model without a head.
         examples: All examples; a shard picks its rows.
         config: The ``[client]`` table.
         dp: Clip and noise of DP-SGD, or None for plain steps.
@@ -64,6 +81,7 @@ class LocalTrainer:
         self._head_prefix = head_prefix
         # made on first use: only one phase at a time may hook the layers that phases share
         self._per_example: PerExampleModel | None = None
+        self._hooked: frozenset[str] | None = None
 
     def close(self) -> None:
         """Take the per-example hooks off the module."""
@@ -71,24 +89,40 @@ class LocalTrainer:
             self._per_example.close()
             self._per_example = None
 
-    def run(self, params_D: Float32, shard: Shard, stream: PrivateStream, on_step: StepDone) -> Float32:
-        """Train from ``params_D`` and return new minus old parameters [D].
+    def run(
+        self, params_D: Float32, shard: Shard, stream: PrivateStream, on_step: StepDone, work: Work | None = None
+    ) -> Float32:
+        """Train from ``params_D`` and return new minus old parameters [D], 0 where nothing was trained.
 
         With DP, the returned vector is a post-processing of ``local_steps`` Poisson-sampled Gaussian mechanisms
-        on the shard, each of sensitivity ``l2_clip_norm`` under add-or-remove-one-example (Abadi et al. 2016).
+        on the shard, each of sensitivity ``l2_clip_norm`` under add-or-remove-one-example (Abadi et al. 2016). The
+        proximal term and a rule's correction are added to the noised gradient: they read the weights (themselves
+        such a post-processing) and what was broadcast, never the data.
 
         Args:
-            params_D: The round's global parameters.
+            params_D: The parameters to start from: the round's global ones, and the client's personal ones.
             shard: The client's rows.
             stream: The client's private stream of this round: batches and noise are drawn from it.
             on_step: Told (step, steps) after each step.
+            work: What else the round asks for.
 
         Raises:
             ClientError: If a gradient or the result is not finite.
             DeadlineError: If training takes longer than ``deadline_s``.
         """
+        work = work or Work()
         write_flat(self.module, params_D)
+        write_named(self.module, work.frozen)
         self.module.train()
+        self._hook_only(work.active)  # first: what takes hooks off wakes the tensors that they belong to
+        with only_training(self.module, work.active):
+            self._steps(shard, stream, on_step, self._nudges(work))
+        delta_D = read_flat(self.module) - params_D
+        if not np.isfinite(delta_D).all():
+            raise ClientError("The local update is not finite (NaN or infinity): lower client.learning_rate.")
+        return delta_D
+
+    def _steps(self, shard: Shard, stream: PrivateStream, on_step: StepDone, nudge: Callable[[], None]) -> None:
         optimizer = self._optimizer()
         batches = self._batches(shard, stream)
         with deadline(self.config.deadline_s):
@@ -97,19 +131,47 @@ class LocalTrainer:
                     self._private_gradient(rows, self.config.expected_batch(len(shard)), stream)
                 else:
                     self._plain_gradient(rows)
+                nudge()
                 optimizer.step()
                 on_step(step, self.config.local_steps)
-        delta_D = read_flat(self.module) - params_D
-        if not np.isfinite(delta_D).all():
-            raise ClientError("The local update is not finite (NaN or infinity): lower client.learning_rate.")
-        return delta_D
+
+    def _hook_only(self, active: frozenset[str] | None) -> None:
+        """Per-example hooks belong to one set of trained tensors; another set needs others."""
+        if active != self._hooked:
+            self.close()
+            self._hooked = active
+
+    def _nudges(self, work: Work) -> Callable[[], None]:
+        """Return what adds the proximal term (FedProx, arXiv 1812.06127) and the correction to the gradients.
+
+        The module holds the round's start when this is called.
+        """
+        mu, correction_D = self.config.proximal_mu, work.correction_D
+        if not mu and correction_D is None:
+            return lambda: None
+        active = trained(self.module)
+        start = {name: parameter.detach().clone() for name, parameter in active} if mu else {}
+        extra: dict[str, torch.Tensor] = {}
+        if correction_D is not None:
+            parts = torch.split(torch.from_numpy(correction_D), [p.numel() for _, p in active])
+            extra = {name: part.view_as(p).to(p.device) for (name, p), part in zip(active, parts, strict=True)}
+
+        def nudge() -> None:
+            for name, parameter in active:
+                if parameter.grad is None:
+                    continue
+                if mu:
+                    parameter.grad.add_(parameter.detach() - start[name], alpha=mu)
+                if name in extra:
+                    parameter.grad.add_(extra[name])
+
+        return nudge
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         named = trained(self.module)
-        prefix = self._head_prefix
-        head = [p for name, p in named if prefix is not None and name.startswith(prefix)]
-        rest = [p for name, p in named if prefix is None or not name.startswith(prefix)]
+        head = [p for name, p in named if in_head(name, self._head_prefix)]
+        rest = [p for name, p in named if not in_head(name, self._head_prefix)]
         groups = [
             {"params": rest, "lr": config.learning_rate},
             {"params": head, "lr": config.head_learning_rate or config.learning_rate},
@@ -177,6 +239,11 @@ class LocalTrainer:
         parts = torch.split(flat, [p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.device)
+
+
+def in_head(name: str, prefix: str | None) -> bool:
+    """Return whether a trained tensor belongs to the head; ``""`` is the prefix of a module that is all head."""
+    return prefix is not None and name.startswith(prefix)
 
 
 @contextmanager

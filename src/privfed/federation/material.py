@@ -14,6 +14,7 @@ from privfed.errors import ConfigError, DataError
 from privfed.federation.phases import phase_plans, phases
 from privfed.models import resolve
 from privfed.privacy.plan import PhasePlan, Plan, make_plan
+from privfed.tuning import check as check_tuning
 from privfed.types import Shard
 
 
@@ -32,8 +33,10 @@ def check_before_data(config: RunConfig) -> None:
 
     Raises:
         ModelError: If the model is not there.
-        ConfigError: If two tables contradict each other, or a package that is asked for is not there.
+        ConfigError: If two tables contradict each other, the tuning's options cannot hold, or a package that is
+            asked for is not there.
     """
+    check_tuning(config.tuning, config.model.task)
     if not resolve(config.model).local:
         from privfed.models.loading import check_available  # loads transformers, which a local model does not need yet
 

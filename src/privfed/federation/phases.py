@@ -30,6 +30,9 @@ def phases(config: RunConfig) -> list[tuple[str, ClientConfig, ServerConfig]]:
         client = client.model_copy(update={"sampling_probability": warm.sampling_probability, "batch_size": None})
     server = config.server.model_copy(
         update={
+            "aggregation": "fedavg",  # the head has no factors, and is shared while it is warmed up
+            "personal": [],
+            "meter": False,
             "optimizer": warm.server_optimizer,
             "learning_rate": warm.server_learning_rate,
             "momentum": 0.0,

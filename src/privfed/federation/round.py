@@ -1,14 +1,14 @@
 """One round, from one server state to the next.
 
-Shape suffix: D trained values.
+Shape suffixes: D trained values, M values sent in the round.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,11 @@ from privfed.errors import BudgetExceededError, LedgerError, ThresholdError
 from privfed.federation.client import Broadcast, Client, Holder
 from privfed.federation.cohort import balanced_cohort, poisson_cohort
 from privfed.federation.collect import Collected, Link, MaskedLink, PlainLink
+from privfed.federation.meter import Meter, MeterReading
+from privfed.federation.personal import PersonalStore
 from privfed.federation.progress import Progress
-from privfed.federation.state import ServerState, server_step
+from privfed.federation.sharing import Sharing
+from privfed.federation.state import ServerState, rule_step, server_step, variates_step
 from privfed.privacy.noise import privatise_sum
 from privfed.privacy.plan import PhasePlan
 from privfed.schedule import ServerConfig
@@ -52,19 +55,30 @@ class Phase:
     clients: Mapping[str, Client]
     codec: Codec
     codec_name: str
-    layout: ParamLayout
+    sharing: Sharing
+    store: PersonalStore | None
     masked: bool
     threshold: float
     weighted: bool
     central: CentralNoise | None
+    meter: Callable[[], Meter] | None
     poisson_clients: bool
     seed: int
     config_digest: str
 
+    @property
+    def layout(self) -> ParamLayout:
+        """All tensors that clients train."""
+        return self.sharing.layout
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
-    """What happened in a round; nothing in it was computed from one client's data alone, but for who dropped."""
+    """What happened in a round.
+
+    Nothing in it was computed from one client's data alone, but for who dropped, and for the meter: a simulator's
+    figure that is no part of the release.
+    """
 
     phase: str
     round: int
@@ -77,12 +91,14 @@ class RoundReport:
     bytes_down: int
     update_norm: float
     saturated: int | None
+    meter: MeterReading | None
 
 
 @dataclass(slots=True)
 class _Tally:
     """Running figures of one round."""
 
+    meter: Meter | None
     dropped: list[tuple[str, str]] = field(default_factory=list)
     saturated: int = 0
     train_seconds: float = 0.0
@@ -107,13 +123,16 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         phase=phase.plan.name,
         round=number,
         layout_digest=phase.layout.digest,
-        params_D=state.params_D,
+        params_D=phase.sharing.shared.take(state.params_D),
+        carried=state.carried,
     ).to_bytes()
-    tally = _Tally()
-    collected, lost = _exchange(cohort, broadcast, number, phase, holder, progress, tally)
-    taken = {**state.taken, **{client: state.taken.get(client, 0) + 1 for client in cohort}}
-    mean_D = None if lost else _mean(collected.total, phase, holder, number, broadcast)
-    after = _advance(state, mean_D, phase, taken)
+    tally = _Tally(meter=phase.meter() if phase.meter else None)
+    collected, lost = _exchange(cohort, broadcast, state, phase, holder, progress, tally)
+    mean_M = None if lost else _mean(collected.total, phase, holder, number, broadcast)
+    after = _advance(state, mean_M, collected, phase)
+    if not phase.poisson_clients:  # whom Poisson sampling chose is nobody's business, and nothing depends on it
+        taken = {**state.taken, **{client: state.taken.get(client, 0) + 1 for client in cohort}}
+        after = replace(after, taken=taken)
     report = RoundReport(
         phase=phase.plan.name,
         round=number,
@@ -128,8 +147,9 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         },
         bytes_up=collected.bytes_up,
         bytes_down=collected.bytes_down + len(broadcast) * len(cohort),
-        update_norm=0.0 if mean_D is None else float(np.linalg.norm(mean_D)),
+        update_norm=0.0 if mean_M is None else float(np.linalg.norm(mean_M)),
         saturated=None if phase.central else tally.saturated,
+        meter=tally.meter.read(number) if tally.meter and not lost else None,
     )
     return after, report
 
@@ -147,7 +167,7 @@ def _cohort(state: ServerState, phase: Phase, holder: Holder) -> tuple[str, ...]
 def _exchange(
     cohort: tuple[str, ...],
     broadcast: bytes,
-    number: int,
+    state: ServerState,
     phase: Phase,
     holder: Holder,
     progress: Progress,
@@ -157,11 +177,11 @@ def _exchange(
     nothing = Collected(total=None, survivors=(), bytes_up=0, bytes_down=0)
     if not cohort or (phase.masked and len(cohort) < 2):
         return nothing, None if phase.central else "fewer than two clients for a masked sum"
-    link = _link(cohort, number, phase, holder)
+    link = _link(cohort, state.round + 1, phase, holder)
     with _timed(tally):
         link.open()
     for client_id in cohort:
-        _serve(link, phase.clients[client_id], broadcast, progress, tally)
+        _serve(link, phase.clients[client_id], broadcast, state, progress, tally)
     try:
         with _timed(tally):
             collected = link.close()
@@ -173,8 +193,9 @@ def _exchange(
 
 
 def _link(cohort: tuple[str, ...], number: int, phase: Phase, holder: Holder) -> Link:
+    length = phase.sharing.part(number).sent.size
     if not phase.masked:
-        return PlainLink(phase.codec_name, phase.layout.size)
+        return PlainLink(phase.codec_name, length, keep=phase.sharing.rule.needs_individual)
     # a fresh nonce: keys of a round that a crash cut short never meet those of its repetition
     label = f"{holder.run_id}/{phase.plan.name}/{number}/{time.time_ns()}"
     return MaskedLink(
@@ -182,22 +203,27 @@ def _link(cohort: tuple[str, ...], number: int, phase: Phase, holder: Holder) ->
         round_id=hashlib.sha256(label.encode()).digest(),
         config_digest=bytes.fromhex(phase.config_digest),
         codec=phase.codec_name,
-        length=phase.layout.size,
+        length=length,
         weighted=phase.weighted,
         threshold=phase.threshold,
         ring_bits=RING_BITS,
     )
 
 
-def _serve(link: Link, client: Client, broadcast: bytes, progress: Progress, tally: _Tally) -> None:
+def _serve(link: Link, client: Client, broadcast: bytes, state: ServerState, progress: Progress, tally: _Tally) -> None:
     """Let one client train and send; whatever goes wrong in it drops it from the round."""
     client_id = client.shard.client_id
     started = time.perf_counter()
     try:
-        encoded = client.respond(broadcast, lambda step, steps: progress.step_done(client_id, step, steps))
+        encoded = client.respond(
+            broadcast, lambda step, steps: progress.step_done(client_id, step, steps), state.params_D
+        )
         tally.train_seconds += time.perf_counter() - started
         with _timed(tally):
             link.send(client_id, encoded, client.weight)
+        if tally.meter:
+            masked = isinstance(link, MaskedLink)
+            tally.meter.sent(state, encoded, client.weight, len(client.shard), masked=masked)
         tally.saturated += encoded.saturated
     except (BudgetExceededError, LedgerError):
         raise
@@ -210,40 +236,42 @@ def _serve(link: Link, client: Client, broadcast: bytes, progress: Progress, tal
 
 
 def _mean(total: EncodedSum | None, phase: Phase, holder: Holder, number: int, broadcast: bytes) -> NDArray[np.float64]:
-    """Return the averaged update [D]; under client level noised, charged, and over a public denominator."""
-    sum_D = np.zeros(phase.layout.size) if total is None else phase.codec.decode_sum(total)
+    """Return the averaged update [M]; under client level noised, charged, and over a public denominator."""
+    sum_M = np.zeros(phase.sharing.part(number).sent.size) if total is None else phase.codec.decode_sum(total)
     if phase.central is None:
-        return sum_D / (total.total_weight if total else 1.0)
-    digest = hashlib.sha256(broadcast + sum_D.tobytes()).hexdigest()
-    noised_D = privatise_sum(
-        sum_D,
+        return sum_M / (total.total_weight if total else 1.0)
+    digest = hashlib.sha256(broadcast + sum_M.tobytes()).hexdigest()
+    noised_M = privatise_sum(
+        sum_M,
         standard_deviation=phase.central.noise_multiplier * phase.central.sensitivity,
         stream=holder.stream("noise", phase.plan.name, number, digest),
         sensitivity=phase.central.sensitivity,
     )
     holder.charge("*", phase.plan.name, number, digest, phase.central.event)
-    return noised_D / phase.plan.cohort_size
+    return noised_M / phase.plan.cohort_size
 
 
-def _advance(
-    state: ServerState, mean_D: NDArray[np.float64] | None, phase: Phase, taken: Mapping[str, int]
-) -> ServerState:
-    before = ServerState(
-        phase=state.phase,
-        round=state.round,
-        params_D=state.params_D,
-        optimizer=state.optimizer,
-        taken=taken,
-    )
-    if mean_D is not None:
-        return server_step(before, mean_D, phase.server)
-    return ServerState(
-        phase=state.phase,
-        round=state.round + 1,
-        params_D=state.params_D,
-        optimizer=state.optimizer,
-        taken=taken,
-    )
+def _advance(state: ServerState, mean_M: NDArray[np.float64] | None, collected: Collected, phase: Phase) -> ServerState:
+    """Return the state one round on: the server optimiser's step, then the rule's; a lost round changes nothing."""
+    if mean_M is None:
+        return replace(state, round=state.round + 1)
+    sharing, number = phase.sharing, state.round + 1
+    turns = sharing.turns(number) if phase.server.optimizer == "adam" else None
+    averaged = server_step(state, mean_M, phase.server, sent=sharing.part(number).sent, turns=turns)
+    if sharing.rule.variates:
+        # under client level who came is protected: the expected number stands for it
+        came = phase.plan.cohort_size if phase.central else len(collected.survivors)
+        averaged = variates_step(averaged, mean_M, came / phase.plan.clients, sharing)
+    return rule_step(state, averaged, _deltas(collected, phase), sharing)
+
+
+def _deltas(collected: Collected, phase: Phase) -> list[tuple[float, NDArray[np.float64]]]:
+    """Return (share of the average, update [M]) of each survivor, where the rule needs them.
+
+    Values travel multiplied by their client's weight.
+    """
+    whole = sum(each.total_weight for each in collected.single)
+    return [(each.total_weight / whole, phase.codec.decode_sum(each) / each.total_weight) for each in collected.single]
 
 
 class _timed:  # noqa: N801

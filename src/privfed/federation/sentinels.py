@@ -11,7 +11,7 @@ Shape suffixes: B examples of the probe, D trained values.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -96,7 +96,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def check_moved(layout: ParamLayout, start_D: Float32, end_D: Float32, vanishing: frozenset[str]) -> str:
+def check_moved(layout: ParamLayout, start_D: Float32, end_D: Float32, vanishing: Collection[str]) -> str:
     """Return a sentence for the receipt if every trained tensor with a gradient moved.
 
     Raises:
@@ -113,24 +113,38 @@ def check_moved(layout: ParamLayout, start_D: Float32, end_D: Float32, vanishing
     return f"all {len(layout.names) - len(vanishing)} trained tensors with a gradient moved"
 
 
-def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+def check_frozen(before: Mapping[str, str], after: Mapping[str, str], carried: Collection[str] = ()) -> str:
     """Return a sentence for the receipt if the frozen weights are the same.
 
     Args:
         before: ``frozen_digests`` before training.
         after: ``frozen_digests`` after training.
+        carried: Names of frozen tensors that the aggregation rule changes on purpose.
 
     Raises:
         SentinelError: Naming the tensors that changed.
     """
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if changed:
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    wrong = sorted(changed - set(carried))
+    if wrong:
         raise SentinelError(
-            f"Training changed {', '.join(changed[:5])}, which should be frozen: the adapter alone would not "
+            f"Training changed {', '.join(wrong[:5])}, which should be frozen: the adapter alone would not "
             "reproduce the model."
         )
     whole = hashlib.sha256("".join(f"{name}{digest}" for name, digest in after.items()).encode()).hexdigest()
-    return f"frozen weights unchanged (SHA-256 {whole[:12]})"
+    but = f" but for the {len(carried)} that the aggregation rule changes" if carried else ""
+    return f"frozen weights unchanged{but} (SHA-256 {whole[:12]})"
+
+
+def check_carried(before: Mapping[str, str], after: Mapping[str, str], carried: Collection[str]) -> None:
+    """Refuse a run in which a tensor that the aggregation rule changes stayed as it was.
+
+    Raises:
+        SentinelError: Naming the tensors.
+    """
+    still = sorted(name for name in carried if before.get(name) == after.get(name))
+    if still:
+        raise SentinelError(f"The aggregation rule did not change {', '.join(still[:5])}: nothing is released.")
 
 
 def _one_at_a_time(module: nn.Module, probe: Examples, row: int) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,23 +15,34 @@ from privfed.config import RunConfig
 from privfed.data import AnySplit
 from privfed.errors import ConfigError, ModelError
 from privfed.federation.client import Client, Holder
-from privfed.federation.local import ExampleDp, LocalTrainer
+from privfed.federation.fairness import Fairness, make_fairness
+from privfed.federation.local import ExampleDp, LocalTrainer, in_head
 from privfed.federation.material import Material, plans
+from privfed.federation.meter import make_meter
+from privfed.federation.pairs import check_pairs, find_pairs
+from privfed.federation.personal import PersonalStore
 from privfed.federation.phases import TRAIN, phases
+from privfed.federation.roster import Roster
 from privfed.federation.round import RING_BITS, CentralNoise, Phase
+from privfed.federation.sharing import Sharing, share_out
 from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples, head_features
 from privfed.models.loading import LoadedModel, load_model
 from privfed.models.prefix import attach, find_prefix
 from privfed.models.tasks import build_examples
 from privfed.privacy.plan import PhasePlan, Plan
 from privfed.rng import experiment_seed
-from privfed.schedule import ServerConfig
+from privfed.rules import RULES
+from privfed.schedule import ClientConfig, ServerConfig
 from privfed.tuning import TUNINGS, TunedModel
 from privfed.tuning.layout import layout_of
-from privfed.types import PrivacyEvent
+from privfed.types import PrivacyEvent, Shard
 
 if TYPE_CHECKING:
     from privfed.federation.progress import Progress
+
+
+# no tensor's name starts like this
+_NO_HEAD = " "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +57,14 @@ class Workbench:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One phase ready to run: the module that trains, its examples, and the phase itself."""
+    """One phase ready to run: the module that trains, its examples, the phase itself, what clients are scored on."""
 
     module: nn.Module
     train: Examples
     test: Examples
     trainer: LocalTrainer
     phase: Phase
+    fairness: Fairness | None = None
 
 
 def build(config: RunConfig, material: Material, progress: Progress) -> Workbench:
@@ -86,8 +99,24 @@ def make_stages(
     plan: Plan | None,
     holder: Holder,
     progress: Progress,
+    own: Path | None = None,
 ) -> dict[str, Stage]:
-    """Return the run's phases in order: the head alone on cached features where asked for, then the tuning."""
+    """Return the run's phases in order: the head alone on cached features where asked for, then the tuning.
+
+    Args:
+        config: The run.
+        material: Its data.
+        bench: Model and examples.
+        plan: What it costs, or None without privacy.
+        holder: The data holder.
+        progress: Told what takes long.
+        own: Folder for what clients keep to themselves; needed where the rule or ``server.personal`` has them keep
+            anything.
+
+    Raises:
+        ConfigError: If the rule or ``server.personal`` does not fit what is trained.
+        ModelError: If the model does not fit the rule or the warm start.
+    """
     stages = {}
     for (name, client, server), phase_plan in zip(phases(config), plans(config, material), strict=True):
         module, train, test, prefix = _module(config, bench, name, progress)
@@ -97,10 +126,25 @@ def make_stages(
                 l2_clip_norm=config.privacy.l2_clip_norm,
                 noise_multiplier=plan.noise_multiplier * phase_plan.noise_scale,
             )
+        sharing = _sharing(config, module, prefix, client, server)
         trainer = LocalTrainer(module, prefix, train, client, dp)
-        phase = _phase(config, material, phase_plan, server, trainer, plan, holder)
-        stages[name] = Stage(module=module, train=train, test=test, trainer=trainer, phase=phase)
+        phase = _phase(config, material, phase_plan, server, sharing, trainer, plan, holder, own)
+        fairness = _fairness(config, material) if name == TRAIN else None
+        stages[name] = Stage(module=module, train=train, test=test, trainer=trainer, phase=phase, fairness=fairness)
     return stages
+
+
+def _fairness(config: RunConfig, material: Material) -> Fairness | None:
+    data = material.dataset
+    return make_fairness(
+        material.shards,
+        train_labels=data.train.labels,
+        test_labels=data.test.labels,
+        test_clients=data.test.clients,
+        classes=len(data.label_names),
+        most=config.server.evaluate_clients,
+        seed=config.seed,
+    )
 
 
 def trained_head(tuned: TunedModel) -> nn.Module:
@@ -122,7 +166,8 @@ def _cache_frozen(bench: Workbench, gib: float, progress: Progress) -> None:
     The limit is fixed in the configuration: free memory would let a resumed run choose otherwise, and padding then
     changes the last bits.
     """
-    prefix = find_prefix(bench.tuned.model, bench.tuned.head)
+    head: str | None = bench.tuned.head
+    prefix = find_prefix(bench.tuned.model, _NO_HEAD if head is None else head)
     width = int(getattr(bench.tuned.model.config, "hidden_size", 0))
     needed = 4 * width * int(bench.train.lengths.sum() + bench.test.lengths.sum())
     if prefix is None or needed > gib * 2**30:
@@ -137,13 +182,19 @@ def _module(
 ) -> tuple[nn.Module, Examples, Examples, str | None]:
     """Return what trains in a phase: (module, training examples, test examples, prefix of the head's names)."""
     only_head = getattr(config.tuning, "name", "") == "head"
+    place: str | None = bench.tuned.head
     if name == TRAIN and not only_head:
-        return bench.tuned.model, bench.train, bench.test, bench.tuned.head
+        return bench.tuned.model, bench.train, bench.test, place
+    if place is None:
+        raise ModelError(
+            "head_warm_start trains the task's head first, and a causal language model has none of its own: "
+            'set head_warm_start.name = "none".'
+        )
     train, test = _features(bench, progress)
     if train is not None and test is not None:
         return trained_head(bench.tuned), train, test, ""
     if only_head:
-        return bench.tuned.model, bench.train, bench.test, bench.tuned.head
+        return bench.tuned.model, bench.train, bench.test, place
     raise ModelError(
         "head_warm_start needs a model whose head gets one vector an example, and this one's gets every token: "
         'set head_warm_start.name = "none".'
@@ -159,51 +210,94 @@ def _features(bench: Workbench, progress: Progress) -> tuple[FeatureExamples | N
     return head_features(bench.tuned.model, head, train), head_features(bench.tuned.model, head, test)
 
 
+def _sharing(
+    config: RunConfig, module: nn.Module, prefix: str | None, client: ClientConfig, server: ServerConfig
+) -> Sharing:
+    """Return how the trained tensors are shared out; tensors that the server carries are frozen from here on."""
+    rule = RULES.get(server.aggregation)()
+    pairs = find_pairs(module) if rule.takes is not None or server.meter else ()
+    check_pairs(module, rule, pairs, server.aggregation)
+    carried = set(rule.carried(pairs))
+    for name, parameter in module.named_parameters():
+        if name in carried:
+            parameter.requires_grad_(False)
+    layout = layout_of(module)
+    head_rate = client.head_learning_rate or client.learning_rate
+    return share_out(
+        rule,
+        layout,
+        pairs,
+        patterns=server.personal,
+        head=prefix,
+        rates={
+            name: client.local_steps * (head_rate if in_head(name, prefix) else client.learning_rate)
+            for name in layout.names
+        }
+        if rule.variates
+        else None,
+        seed=config.seed,
+    )
+
+
 def _phase(
     config: RunConfig,
     material: Material,
     phase_plan: PhasePlan,
     server: ServerConfig,
+    sharing: Sharing,
     trainer: LocalTrainer,
     plan: Plan | None,
     holder: Holder,
+    own: Path | None,
 ) -> Phase:
     masked = config.secagg.name == "masked"
     plugin = CODECS.get(str(getattr(config.compression, "name", None)))
     most = phase_plan.clients if config.privacy.unit == "client" else phase_plan.cohort_size
     codec = plugin.build(config.compression, Ring(bits=RING_BITS, clients=most) if masked else None)
-    layout = layout_of(trainer.module)
     largest = max(len(shard) for shard in material.shards)
     clip = config.privacy.l2_clip_norm if config.privacy.unit == "client" else None
-    clients = {
-        shard.client_id: Client(
+    store = _store(sharing, own)
+
+    def client(shard: Shard) -> Client:
+        return Client(
             shard=shard,
             trainer=trainer,
             codec=codec,
             holder=holder,
-            layout_digest=layout.digest,
-            size=layout.size,
+            sharing=sharing,
+            store=store,
             event=_participation(config, phase_plan, shard.client_id, plan),
             clip=clip,
             weight=_weight(len(shard), largest) if config.server.weighting == "examples" else 1.0,
         )
-        for shard in material.shards
-    }
+
+    central = _central(config, phase_plan, plan, codec, sharing.largest(phase_plan.rounds))
+    noise = central.noise_multiplier * central.sensitivity / phase_plan.cohort_size if central else 0.0
     return Phase(
         plan=phase_plan,
         server=server,
-        clients=clients,
+        clients=Roster(material.shards, client),
         codec=codec,
         codec_name=str(getattr(config.compression, "name", "")),
-        layout=layout,
+        sharing=sharing,
+        store=store,
         masked=masked,
         threshold=config.secagg.threshold,
         weighted=config.server.weighting == "examples",
-        central=_central(config, phase_plan, plan, codec, layout.size),
+        central=central,
+        meter=make_meter(sharing, codec, trainer, noise) if server.meter else None,
         poisson_clients=config.privacy.unit == "client",
         seed=config.seed,
         config_digest=config.digest(),
     )
+
+
+def _store(sharing: Sharing, own: Path | None) -> PersonalStore | None:
+    if not sharing.personal.size and not sharing.rule.variates:
+        return None
+    if own is None:
+        raise ConfigError("Clients of this run keep a state of their own: give a folder for it.")
+    return PersonalStore(own)
 
 
 def _weight(size: int, largest: int) -> float:

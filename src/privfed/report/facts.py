@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from privfed.federation.material import Material
     from privfed.privacy.ledger import Ledger
 
+CLIENT_SCORES = ("clients_mean", "clients_worst_tenth")
 _DELTAS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
 
@@ -31,6 +32,7 @@ def receipt_facts(
     adapter_digest: str,
     sentinels: Mapping[str, str],
     versions: Mapping[str, str],
+    notes: Sequence[str] = (),
 ) -> ReceiptFacts:
     """Return the facts of a finished run; epsilon comes from the ledger's events, not from the plan.
 
@@ -44,6 +46,7 @@ def receipt_facts(
         adapter_digest: SHA-256 of the adapter's weights.
         sentinels: Results of the self-checks.
         versions: Versions of what ran.
+        notes: What there is to say about the result, beside the data's own notes.
     """
     privacy = config.privacy
     run_id, created = folder_id
@@ -60,6 +63,7 @@ def receipt_facts(
         utility["base_perplexity"] = outcome.totals["base_perplexity"]
     if outcome.probe_accuracy is not None:
         utility["probe_accuracy"] = outcome.probe_accuracy
+    utility |= {name: outcome.totals[name] for name in CLIENT_SCORES if name in outcome.totals}
     source: Literal["none", "reproducible", "csprng"] = "reproducible" if privacy.reproducible_noise else "csprng"
     if not privacy.on:
         source = "none"
@@ -94,7 +98,7 @@ def receipt_facts(
         adapter_digest=adapter_digest,
         beats_probe=None if outcome.probe_accuracy is None else score.value > outcome.probe_accuracy,
         sentinels=sentinels,
-        notes=material.notes,
+        notes=(*material.notes, *notes),
     )
 
 

@@ -64,6 +64,10 @@ class Eval(_Line):
     token_accuracy: float | None = None
     loss: float | None = None
     n: int | None = None
+    clients_mean: float | None = None
+    clients_worst_tenth: float | None = None
+    clients_scored: int | None = None
+    clients_basis: str = ""
 
 
 class Dropped(_Line):

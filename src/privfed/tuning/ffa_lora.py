@@ -9,30 +9,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from privfed.table import Table
-from privfed.tuning import TUNINGS, TunedModel, Tuning
+from privfed.tuning import TUNINGS, TunedModel, Tuning, lora
+from privfed.tuning.lora_options import LoraOptions
 
 if TYPE_CHECKING:
     from privfed.models.loading import LoadedModel
 
 
-class FfaLoraConfig(Table):
-    """Options, by peft's names; see :class:`privfed.tuning.lora.LoraConfig`."""
+class FfaLoraConfig(LoraOptions):
+    """Options, by peft's names; see :class:`privfed.tuning.lora_options.LoraOptions`. DoRA is not among them: it is
+    not linear in B."""
 
     name: Literal["ffa_lora"] = "ffa_lora"
-    r: int = Field(default=8, ge=1)
-    lora_alpha: float = Field(default=16, gt=0)
-    target_modules: list[str] | None = None
-    layers_to_transform: list[int] | None = None
 
 
 def apply(loaded: LoadedModel, config: FfaLoraConfig, seed: int) -> TunedModel:
     """Wrap the model, then freeze every A; the adapter saved is a plain LoRA adapter."""
-    from privfed.tuning.adapters import lora_wrapped
-
-    tuned = lora_wrapped(loaded, seed, **config.model_dump(exclude={"name"}))
+    tuned = lora.apply(loaded, config, seed)
     for name, parameter in tuned.model.named_parameters():
         if ".lora_A." in name or ".lora_embedding_A." in name:
             parameter.requires_grad_(False)

@@ -9,38 +9,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from privfed.table import Table
 from privfed.tuning import TUNINGS, TunedModel, Tuning
+from privfed.tuning.lora_options import LoraOptions, difference_from_start
 
 if TYPE_CHECKING:
     from privfed.models.loading import LoadedModel
 
 
-class LoraConfig(Table):
-    """Options, by peft's names.
+class LoraConfig(LoraOptions):
+    """Options, by peft's names; see :class:`privfed.tuning.lora_options.LoraOptions`.
 
     Attributes:
-        r: Rank.
-        lora_alpha: Scale; the update is multiplied by lora_alpha / r.
-        target_modules: Names of the layers to adapt; None for peft's default of the model (query and value).
-        layers_to_transform: Numbers of the blocks to adapt; None for all. Adapting the last few only needs less
-            noise (fewer values are trained) and less time (nothing below is back-propagated).
+        use_dora: Train the norm of each column apart from its direction (DoRA).
     """
 
     name: Literal["lora"] = "lora"
-    r: int = Field(default=8, ge=1)
-    lora_alpha: float = Field(default=16, gt=0)
-    target_modules: list[str] | None = None
-    layers_to_transform: list[int] | None = None
+    use_dora: bool = False
 
 
-def apply(loaded: LoadedModel, config: LoraConfig, seed: int) -> TunedModel:
+def apply(loaded: LoadedModel, config: LoraOptions, seed: int) -> TunedModel:
     """Wrap the model with trained A and B."""
     from privfed.tuning.adapters import lora_wrapped
 
-    return lora_wrapped(loaded, seed, **config.model_dump(exclude={"name"}))
+    name = str(getattr(config, "name", "lora"))
+    if not config.mutating:
+        return lora_wrapped(loaded, seed, name=name, **config.options())
+    remember, convert = difference_from_start()
+    return lora_wrapped(loaded, seed, name=name, prepare=remember, convert=convert, **config.options())
 
 
 TUNINGS.register("lora")(Tuning(config=LoraConfig, apply=apply, linear=False))

@@ -30,11 +30,10 @@ class Federation:
     stack: ExitStack
 
     def __post_init__(self) -> None:
-        from privfed.tuning.layout import read_flat
+        from privfed.federation.engines.in_process import start_of
 
         self.phase: Phase = self.stage.phase
-        start = read_flat(self.stage.module)
-        self.state = ServerState(phase=self.phase.plan.name, round=0, params_D=start)
+        self.state: ServerState = start_of(self.stage)
 
     @property
     def stage(self) -> Any:
@@ -58,7 +57,7 @@ class Given:
     def __init__(self, answer: Float32 | Callable[[Float32], Float32]) -> None:
         self.answer = answer
 
-    def run(self, params_D: Float32, shard: Shard, stream: Any, on_step: Any) -> Float32:
+    def run(self, params_D: Float32, shard: Shard, stream: Any, on_step: Any, work: Any = None) -> Float32:
         """Return the answer."""
         return self.answer(params_D) if callable(self.answer) else self.answer
 
@@ -70,10 +69,10 @@ class Recorded:
         self.trainer, self.around = trainer, around
         self.delta_D: Float32 | None = None
 
-    def run(self, params_D: Float32, shard: Shard, stream: Any, on_step: Any) -> Float32:
+    def run(self, params_D: Float32, shard: Shard, stream: Any, on_step: Any, work: Any = None) -> Float32:
         """Train."""
         run = self.trainer.run
-        arguments = (params_D, shard, stream, on_step)
+        arguments = (params_D, shard, stream, on_step, work)
         self.delta_D = self.around(run, *arguments) if self.around else run(*arguments)
         return self.delta_D
 
@@ -104,7 +103,7 @@ def federation(tiny_config: Callable[..., Any], tmp_path: Path) -> Iterator[Call
                 project="default",
             )
             bench = setup.build(config, material, Silent())
-            stages = setup.make_stages(config, material, bench, plan, holder, Silent())
+            stages = setup.make_stages(config, material, bench, plan, holder, Silent(), tmp_path / "own")
             made = Federation(config, material, plan, bench, stages, holder, stack)
             stack.callback(made.stage.trainer.close)
             return made

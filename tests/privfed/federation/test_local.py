@@ -240,3 +240,94 @@ def test_a_trainer_takes_its_hooks_off(federation: Callable[..., Any]) -> None:
     run.stage.trainer.close()
     assert not any(m._forward_hooks for m in module.modules())
     run.round()  # and puts them on again
+
+
+# what is added to the gradient
+
+
+def test_fedprox_equals_the_gradient_of_its_own_objective() -> None:
+    mu, rate, steps = 0.7, 0.1, 3
+    trainer = _trainer(batch_size=len(SHARD), local_steps=steps, proximal_mu=mu)
+    delta = _run(trainer, SHARD)
+    module = nn.Linear(WIDTH, CLASSES)
+    module.load_state_dict(trainer.module.state_dict())
+    start = read_flat(module)
+    anchors = [p.detach().clone() for p in module.parameters()]
+    optimizer = torch.optim.SGD(module.parameters(), lr=rate)
+    examples = Rows()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        batch = examples.batch(SHARD.indices)
+        near = sum(((p - a) ** 2).sum() for p, a in zip(module.parameters(), anchors, strict=True))
+        (nn.functional.cross_entropy(module(batch.inputs), batch.labels_B) + mu / 2 * near).backward()
+        optimizer.step()
+    np.testing.assert_allclose(delta, read_flat(module) - start, atol=1e-5)
+    assert np.abs(delta - _run(_trainer(batch_size=len(SHARD), local_steps=steps), SHARD)).max() > 1e-3
+
+
+@pytest.mark.parametrize("addition", ["proximal", "correction"])
+def test_what_is_added_comes_after_clipping_and_noise(addition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the clipped sums nor the noise change: with everything else fixed the difference is the addition."""
+    from privfed.federation import local
+    from privfed.federation.local import Work
+
+    sums: list[np.ndarray] = []
+    plain = local.__dict__["privatise_sum"]
+
+    def privatise(sum_D: np.ndarray, **options: Any) -> Any:
+        sums.append(sum_D.copy())
+        return plain(sum_D, **options)
+
+    monkeypatch.setattr(local, "privatise_sum", privatise)
+    clip, rate = 0.01, 0.1
+    dp = ExampleDp(l2_clip_norm=clip, noise_multiplier=1.0)
+    config = {"batch_size": 8, "local_steps": 1}
+    base = _run(_trainer(dp, **config), SHARD)
+    start = read_flat(_trainer().module)
+    if addition == "proximal":
+        config |= {"local_steps": 2, "proximal_mu": 5.0}
+        changed = _run(_trainer(dp, **config), SHARD)
+        free = _run(_trainer(dp, **config | {"proximal_mu": 0.0}), SHARD)
+        # the first step starts at the anchor: 0; the second adds mu times the first step's noised move
+        np.testing.assert_allclose(changed - free, -rate * 5.0 * base, atol=1e-6)
+    else:
+        push = np.full(start.size, 3.0, dtype=np.float32)
+        trainer = _trainer(dp, **config)
+        stream = PrivateStream(bytes(32), "a")
+        changed = trainer.run(start, SHARD, stream, lambda step, of: None, Work(correction_D=push))
+        np.testing.assert_allclose(changed - base, -rate * push, atol=1e-6)
+    for total_D in sums:
+        assert np.linalg.norm(total_D) <= clip * len(SHARD)
+    firsts = sums[0], sums[1]
+    np.testing.assert_array_equal(*firsts)
+
+
+def test_a_model_without_a_head_has_one_learning_rate() -> None:
+    module = nn.Linear(WIDTH, CLASSES)
+    config = ClientConfig(optimizer="sgd", learning_rate=0.1, head_learning_rate=9.0, batch_size=8, local_steps=1)
+    trainer = LocalTrainer(module, None, Rows(), config, None)
+    start = read_flat(module)
+    found = _run(trainer, SHARD)
+    module.load_state_dict(trainer.module.state_dict())
+    same = ClientConfig(optimizer="sgd", learning_rate=0.1, batch_size=8, local_steps=1)
+    np.testing.assert_array_equal(read_flat(module), start)
+    np.testing.assert_array_equal(found, _run(LocalTrainer(module, None, Rows(), same, None), SHARD))
+
+
+def test_resting_tensors_are_left_alone_and_come_back() -> None:
+    from privfed.federation.local import Work
+
+    dp = ExampleDp(l2_clip_norm=0.5, noise_multiplier=1.0)
+    trainer = _trainer(dp)
+    start = read_flat(trainer.module)
+    for active, moved in (({"weight"}, slice(0, WIDTH * CLASSES)), ({"bias"}, slice(WIDTH * CLASSES, None))):
+        stream = PrivateStream(bytes(32), "a")
+        work = Work(active=frozenset(active))
+        delta = trainer.run(start, SHARD, stream, lambda step, of: None, work)
+        rest = np.ones(delta.size, dtype=bool)
+        rest[moved] = False
+        assert (delta[moved] != 0).mean() > 0.99
+        assert not delta[rest].any()
+        assert all(p.requires_grad for p in trainer.module.parameters())
+    assert (_run(trainer, SHARD) != 0).mean() > 0.99  # hooks for all of them again
+    trainer.close()

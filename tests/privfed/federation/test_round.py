@@ -41,16 +41,16 @@ def _fails(kind: str, run: Any) -> Callable[..., Any]:
     """Return an ``around`` of a trainer that goes wrong in the way ``kind`` says."""
     trainer = run.stage.trainer
 
-    def around(train: Callable[..., Any], params_D: Any, shard: Any, stream: Any, on_step: Any) -> Any:
+    def around(train: Callable[..., Any], params_D: Any, shard: Any, stream: Any, on_step: Any, work: Any) -> Any:
         if kind == "raises":
             raise RuntimeError("the disk of this client is on fire")
         if kind == "nan":
             return np.full_like(params_D, np.nan)
         if kind == "nan inside":
-            return train(np.full_like(params_D, np.nan), shard, stream, on_step)
+            return train(np.full_like(params_D, np.nan), shard, stream, on_step, work)
         if kind == "sleeps after a step":
             with _deadline(trainer, 0.3):
-                return train(params_D, shard, stream, lambda step, steps: time.sleep(5))
+                return train(params_D, shard, stream, lambda step, steps: time.sleep(5), work)
         layer = run.bench.loaded.model.bert.encoder.layer[1]
         with _deadline(trainer, 0.3):
             if kind == "sleeps in the forward pass":
@@ -58,7 +58,7 @@ def _fails(kind: str, run: Any) -> Callable[..., Any]:
             else:
                 handle = layer.register_full_backward_hook(lambda *_: time.sleep(5))
             try:
-                return train(params_D, shard, stream, on_step)
+                return train(params_D, shard, stream, on_step, work)
             finally:
                 handle.remove()
 

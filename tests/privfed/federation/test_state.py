@@ -83,3 +83,64 @@ def test_its_repr_shows_no_values() -> None:
         ServerState(phase="train", round=0, params_D=_start()), _updates()[0], ServerConfig(optimizer="adam")
     )
     assert "array" not in repr(state)
+
+
+# Reddi et al. 2021, Algorithm 2, by hand: start 1, updates 1/2, -1/4, 1/16; beta1 1/2, beta2 3/4, tau 1/10, rate 1/5.
+# m is 1/4, 0, 1/32. v starts at tau^2 = 0.01; squares of the updates: 0.25, 0.0625, 0.00390625.
+BY_HAND = {
+    # v: 0.26, 0.3225, 0.32640625
+    "fedadagrad": (1 + 0.05 / (0.5099019514 + 0.1), 0.00625 / (0.5713197437 + 0.1)),
+    # v: 0.0075 + 0.0625 = 0.07, 0.0525 + 0.015625 = 0.068125, 0.05109375 + 0.0009765625 = 0.0520703125
+    "fedadam": (1 + 0.05 / (0.2645751311 + 0.1), 0.00625 / (0.2281892032 + 0.1)),
+    # v: 0.01 + 0.0625 = 0.0725, 0.0725 - 0.015625 = 0.056875, 0.056875 - 0.0009765625 = 0.0558984375
+    "fedyogi": (1 + 0.05 / (0.2692582404 + 0.1), 0.00625 / (0.2364284194 + 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", list(BY_HAND))
+def test_adaptive_steps_equal_those_done_by_hand(name: str) -> None:
+    config = ServerConfig.model_validate(
+        {"optimizer": name, "learning_rate": 0.2, "beta1": 0.5, "beta2": 0.75, "tau": 0.1}
+    )
+    state = ServerState(phase="train", round=0, params_D=np.ones(3, dtype=np.float32))
+    found = []
+    for update in (0.5, -0.25, 0.0625):
+        state = server_step(state, np.full(3, update), config)
+        found.append(float(state.params_D[1]))
+    first, last = BY_HAND[name]  # the second update only undoes the first one's momentum
+    assert found == pytest.approx([first, first, first + last], rel=1e-6)
+
+
+def test_fedavgm_is_the_moving_sum() -> None:
+    config = ServerConfig(optimizer="fedavgm", momentum=0.5, learning_rate=2.0)
+    state = ServerState(phase="train", round=0, params_D=np.zeros(1, dtype=np.float32))
+    for update, wanted in ((1.0, 2.0), (0.0, 3.0), (-1.0, 1.5)):  # velocities 1, 0.5, -0.75
+        state = server_step(state, np.full(1, update), config)
+        assert state.params_D[0] == wanted
+    sgd = ServerConfig(momentum=0.8, learning_rate=0.3)
+    named = ServerConfig(optimizer="fedavgm", momentum=0.8, learning_rate=0.3)
+    for ours, wanted_D in zip(_ours(named), _ours(sgd), strict=True):
+        np.testing.assert_array_equal(ours, wanted_D)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "fedadagrad", "fedadam", "fedyogi"])
+def test_a_step_with_a_part_is_that_of_the_part_alone(name: str) -> None:
+    """Values that a round does not send keep their parameters and their optimiser's vectors."""
+    from privfed.federation.sharing import Selection
+    from privfed.types import ParamLayout
+
+    layout = ParamLayout(names=("a", "b", "c"), shapes=((10,), (20,), (7,)), digest="")
+    first, second = Selection(layout, {"a", "c"}), Selection(layout, {"b"})
+    config = ServerConfig.model_validate({"optimizer": name, "learning_rate": 0.1, "momentum": 0.5})
+    whole = ServerState(phase="train", round=0, params_D=_start())
+    alone = {part: ServerState(phase="train", round=0, params_D=part.take(_start())) for part in (first, second)}
+    for number, update in enumerate(_updates()):
+        part = (first, second)[number % 2]
+        turns = number // 2 + 1
+        before = whole
+        whole = server_step(whole, part.take(update), config, sent=part, turns=turns)
+        alone[part] = server_step(alone[part], part.take(update), config, turns=turns)
+        other = (second, first)[number % 2]
+        np.testing.assert_array_equal(other.take(whole.params_D), other.take(before.params_D))
+        for each, state in alone.items():
+            np.testing.assert_array_equal(each.take(whole.params_D), state.params_D)

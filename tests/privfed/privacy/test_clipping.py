@@ -193,6 +193,20 @@ def test_a_norm_by_products_is_never_too_small(seed, positions, cancel, scale):
     assert bool((part.squares().sqrt() >= exact * (1 - 1e-6)).all())
 
 
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**20), cancel=st.sampled_from([1.0, 1e-3, 1e-5, 1e-7]))
+def test_a_norm_of_a_table_that_is_tied_is_never_too_small(seed, cancel):
+    """The output layer's gradient takes the table's away again, all but a little."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 31, (3, 6), generator=random)
+    gradient = torch.randn(3, 6, 17, generator=random)
+    onehot = -torch.nn.functional.one_hot(ids, 31).float() * (1 - cancel)
+    table, product = Lookup(ids, gradient, torch.Size([31, 17])), Outer(onehot, gradient, torch.Size([31, 17]))
+    exact = (exact_rows(table) + exact_rows(product)).flatten(1).norm(dim=1)
+    for part in (gather([table, product]), gather([table, product, Dense(torch.zeros(3, 31, 17))])):
+        assert bool((part.squares().sqrt() >= exact * (1 - 1e-6)).all())
+
+
 def test_without_the_bound_on_rounding_a_norm_by_products_would_be_too_small():
     left, right = outer_sides(3, 50, 40, 90, 70)
     part = Outer(torch.cat([left, -left * (1 - 1e-4)], dim=1), torch.cat([right, right], dim=1), torch.Size([90, 70]))

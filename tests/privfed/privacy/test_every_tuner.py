@@ -315,3 +315,24 @@ def test_bfloat16_autocast(name):
     clip = 0.5 * float(flat[1].norm(dim=1).min())
     everyone = model.clipped_sum(half, batch_of(ROWS), len(ROWS), clip).sum_D
     assert float(everyone.norm()) <= len(ROWS) * clip
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["LORA", "full", "BOFT", "VERA", "dora"])
+def test_gradient_checkpointing_changes_memory_and_not_gradients(name, reentrant):
+    model, batch_of, wanted = proved("llama", name)
+    module = model.module
+    model.close()
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        base.enable_input_require_grads()
+    module.train()
+    again = PerExampleModel(module)
+    again.gradients(BENCH.losses, batch_of(ROWS), len(ROWS))
+    calls = []
+    handle = base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = again.gradients(BENCH.losses, batch_of(ROWS), len(ROWS))
+    handle.remove()
+    assert len(calls) == 2  # it is on: the layer runs again in the backward pass
+    assert BENCH.worst_error(found, wanted) < 1e-4

@@ -19,7 +19,8 @@ from privfed.tuning.layout import layout_of, read_flat, trained, write_flat
 
 LABELS = ("a", "b", "c")
 FAMILIES = ("bert", "roberta", "gpt2", "llama")
-PAIRS = [(t, f) for t in TUNINGS.names() for f in FAMILIES if (t, f) != ("bitfit", "llama")]
+NAMES = ("bitfit", "dora", "ffa_lora", "full", "head", "ia3", "lora", "rslora")  # test_contract.py has all of them
+PAIRS = [(t, f) for t in NAMES for f in FAMILIES if (t, f) != ("bitfit", "llama")]
 TEXTS = ("cat dog horse", "piano violin drum flute song melody", "rain", "storm cloud balan")
 
 
@@ -111,14 +112,14 @@ def test_what_is_saved_loads_in_plain_peft_with_the_same_logits(tiny_model, tmp_
     assert torch.equal(logits(model, loaded.tokenizer), wanted)
 
 
-@pytest.mark.parametrize("name", TUNINGS.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_seeds_are_all_that_differs(tiny_bert, name):
     first, again, other = (read_flat(apply(name, load(tiny_bert, seed), seed).model) for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("name", TUNINGS.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_an_untrained_adapter_is_the_base_model(tiny_bert, name):
     loaded = load(tiny_bert)
     wanted = logits(loaded.model, loaded.tokenizer)

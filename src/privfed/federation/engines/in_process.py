@@ -8,17 +8,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
 
 from privfed.config import RunConfig
+from privfed.errors import ConfigError
 from privfed.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from privfed.federation.client import Holder
-from privfed.federation.evaluate import Score, evaluate
+from privfed.federation.evaluate import Score, evaluate, right_answers
+from privfed.federation.fairness import Right
 from privfed.federation.folder import RunFolder
+from privfed.federation.meter import NOTE, MeterReading
+from privfed.federation.pairs import read_named, write_named
+from privfed.federation.personal import PERSONAL
 from privfed.federation.phases import TRAIN
 from privfed.federation.progress import Progress
 from privfed.federation.round import RoundReport, run_round
 from privfed.federation.setup import Stage
-from privfed.federation.state import ServerState
+from privfed.federation.state import ServerState, first_state
 from privfed.tuning.layout import read_flat, write_flat
 from privfed.types import Float32
 
@@ -66,23 +75,42 @@ def run_phases(
     totals: dict[str, float] = dict(checkpoint.totals) if checkpoint else {}
     start_D = {name: read_flat(stage.module) for name, stage in stages.items()}
     first = names.index(checkpoint.state.phase) if checkpoint else 0
-    state = ServerState(phase=names[0], round=0, params_D=start_D[names[0]])
+    state = checkpoint.state if checkpoint else None
     score: Score | None = None
     for position in range(first, len(names)):
         stage = stages[names[position]]
-        resumed = checkpoint is not None and checkpoint.state.phase == names[position]
-        # a later phase starts from what the earlier one left in the module they share
-        state = (
-            checkpoint.state
-            if resumed and checkpoint
-            else ServerState(phase=names[position], round=0, params_D=read_flat(stage.module))
-        )
+        if state is None or state.phase != names[position]:
+            # a later phase starts from what the earlier one left in the module they share
+            state = start_of(stage)
         loop = _Loop(stage, config, folder, holder, progress, label_names, spent, totals)
         state, score = loop.run(state)
-    if score is None:
-        score = evaluate(stages[names[-1]].module, stages[names[-1]].test, label_names)
+    if score is None or state is None:
+        raise ConfigError("A run has at least one phase.")
     probe = totals.get("probe_accuracy")
     return Outcome(state=state, score=score, probe_accuracy=probe, totals=totals, start_D=start_D)
+
+
+def start_of(stage: Stage) -> ServerState:
+    """Return the state of a phase before its first round, from what its module holds."""
+    sharing = stage.phase.sharing
+    carried = read_named(stage.module, sharing.carried)
+    return first_state(stage.phase.plan.name, read_flat(stage.module), carried, sharing)
+
+
+def set_state(stage: Stage, state: ServerState) -> None:
+    """Write the server's model into the module: personal tensors are at their start in it."""
+    write_flat(stage.module, state.params_D)
+    write_named(stage.module, state.carried)
+
+
+def own_answers(stage: Stage, state: ServerState, client_id: str, rows: NDArray[np.int64]) -> Right | None:
+    """Return which answers of a client's own model to these test rows are right; None if it has no model yet."""
+    phase = stage.phase
+    own = phase.store.load(client_id, before=state.round + 1) if phase.store else {}
+    if PERSONAL not in own:
+        return None
+    write_flat(stage.module, phase.sharing.personal.put(state.params_D, own[PERSONAL]))
+    return right_answers(stage.module, stage.test, rows)
 
 
 @dataclass(slots=True)
@@ -111,12 +139,14 @@ class _Loop:
             epsilon = self.spent(plan.name, state.round)
             self._add(report)
             self.folder.log(_round_record(report, epsilon))
+            if report.meter:
+                self.folder.log(_meter_record(report, report.meter))
             due = state.round % self.stage.phase.server.evaluate_every == 0 or state.round == plan.rounds
             score = self._evaluate(state) if due else None
             self.totals["seconds"] = self.totals.get("seconds", 0.0) + time.perf_counter() - before
             self._save(state)
             self.progress.round_done(plan.name, state.round, plan.rounds, epsilon)
-        write_flat(self.stage.module, state.params_D)
+        set_state(self.stage, state)
         self.stage.trainer.close()
         final = score or evaluate(self.stage.module, self.stage.test, self.label_names)
         if plan.name != TRAIN:
@@ -124,25 +154,55 @@ class _Loop:
         return state, final
 
     def _evaluate(self, state: ServerState) -> Score:
-        write_flat(self.stage.module, state.params_D)
+        set_state(self.stage, state)
         score = evaluate(self.stage.module, self.stage.test, self.label_names)
         name = self.stage.phase.plan.name
-        self.folder.log({"kind": "eval", "phase": name, "round": state.round, **score.record()})
+        record = {"kind": "eval", "phase": name, "round": state.round, **score.record()}
+        self.folder.log({**record, **self._clients(state, score)})
         if state.round == 0 and score.primary == "perplexity":  # a language model can do its task before any tuning
             self.totals["base_perplexity"] = score.value
         self.progress.evaluated(name, state.round, score.primary, score.value)
         return score
+
+    def _clients(self, state: ServerState, score: Score) -> dict[str, float | int | str]:
+        """Return how evenly the clients are served, as far as that can be said."""
+        stage, fairness = self.stage, self.stage.fairness
+        if fairness is None:
+            return {}
+        if stage.phase.store is None or not stage.phase.sharing.personal.size:
+            found = fairness.shared(score.right_N)
+        else:
+            found = fairness.personal(score.right_N, partial(own_answers, stage, state))
+            set_state(stage, state)
+        if found is None:
+            return {}
+        self.totals |= {"clients_mean": found.mean, "clients_worst_tenth": found.worst_tenth}
+        return found.record()
 
     def _save(self, state: ServerState) -> None:
         save_checkpoint(
             self.folder.checkpoint,
             Checkpoint(state=state, metrics_bytes=self.folder.metrics_bytes(), totals=self.totals),
         )
+        if self.stage.phase.store:
+            self.stage.phase.store.settle(state.round)
 
     def _add(self, report: RoundReport) -> None:
         for key, value in (("bytes_up", report.bytes_up), ("bytes_down", report.bytes_down)):
             self.totals[key] = self.totals.get(key, 0.0) + value
         self.totals["train_seconds"] = self.totals.get("train_seconds", 0.0) + report.seconds["train"]
+
+
+def _meter_record(report: RoundReport, reading: MeterReading) -> dict[str, object]:
+    return {
+        "kind": "simulation",
+        "phase": report.phase,
+        "round": report.round,
+        "aggregation_error": reading.error,
+        "aggregation_error_relative": reading.relative,
+        "noise_product": reading.noise_product,
+        "note": NOTE,
+    }
 
 
 def _round_record(report: RoundReport, epsilon: float | None) -> dict[str, object]:

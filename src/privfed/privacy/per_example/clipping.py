@@ -17,6 +17,8 @@ from privfed.privacy.per_example.contributions import Contribution, Dense
 # with the number of examples that were added up in float32, from lifting one example's influence above the bound
 _SLACK = 1e-5
 _SLACK_PER_EXAMPLE = 2.0**-20
+# tensors with fewer values in a microbatch than this are clipped as one
+_SMALL_VALUES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +63,32 @@ def clip(
     Raises:
         ClientError: If a gradient is not finite; adding it would destroy the bound.
     """
-    norms_B = torch.stack([part.squares() for part in found]).sum(dim=0).sqrt()
+    sizes = [shape.numel() for shape in shapes]
+    joined = _joined(found)
+    norms_B = torch.stack([part.squares() for part, _ in joined]).sum(dim=0).sqrt()
     if not bool(torch.isfinite(norms_B).all()):
         raise ClientError("The gradient of an example is not finite (NaN or infinity): lower the learning rate.")
     slack = 1.0 - _SLACK - _SLACK_PER_EXAMPLE * len(norms_B)
     factors_B = (l2_clip_norm / norms_B.clamp(min=l2_clip_norm)) * max(slack, 0.0)
-    sizes = [shape.numel() for shape in shapes]
     sum_D = norms_B.new_zeros(sum(sizes)) if into_D is None else into_D
-    for part, shape, piece in zip(found, shapes, torch.split(sum_D, sizes), strict=True):
-        part.add_to(piece.view(shape), factors_B)
+    pieces = [piece.view(shape) for piece, shape in zip(torch.split(sum_D, sizes), shapes, strict=True)]
+    for part, indices in joined:
+        if len(indices) == 1:
+            part.add_to(pieces[indices[0]], factors_B)
+            continue
+        whole = sum_D.new_zeros(sum(sizes[i] for i in indices))
+        part.add_to(whole, factors_B)
+        for i, values in zip(indices, torch.split(whole, [sizes[i] for i in indices]), strict=True):
+            pieces[i] += values.view(shapes[i])
     return Clipped(sum_D=sum_D, norms_B=norms_B)
+
+
+def _joined(found: Sequence[Contribution]) -> list[tuple[Contribution, list[int]]]:
+    """Return the contributions with the numbers of their tensors; many small ones cost less as one."""
+    small = {
+        i: part.flat().float()
+        for i, part in enumerate(found)
+        if isinstance(part, Dense) and part.gradients.numel() <= _SMALL_VALUES
+    }
+    rest = [(part, [i]) for i, part in enumerate(found) if i not in small]
+    return [(Dense(torch.cat(list(small.values()), dim=1)), list(small)), *rest] if small else rest

@@ -76,13 +76,13 @@ class Dense(Contribution):
 
     def __init__(self, gradients: torch.Tensor) -> None:
         self.gradients = gradients
-        self.size = len(gradients)
+        self.size = gradients.shape[0]
 
     def squares(self) -> torch.Tensor:
-        return squares(self._flat().float())
+        return squares(self.flat().float())
 
     def add_to(self, out: torch.Tensor, factors_B: torch.Tensor) -> None:
-        flat = self._flat()
+        flat = self.flat()
         if flat.numel() <= _EXACT_VALUES:
             exact = double(flat)
             out += (factors_B.to(exact.device) @ exact).view_as(out).to(out.device)
@@ -94,7 +94,8 @@ class Dense(Contribution):
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return self.gradients[start:stop].float()
 
-    def _flat(self) -> torch.Tensor:
+    def flat(self) -> torch.Tensor:
+        """Return the gradients as [B, values]."""
         return self.gradients.reshape(self.size, math.prod(self.gradients.shape[1:]))
 
 
@@ -114,7 +115,7 @@ class Outer(Contribution):
 
     def __init__(self, left_BSL: torch.Tensor, right_BSR: torch.Tensor, shape: torch.Size) -> None:
         self.left, self.right, self.shape = left_BSL, right_BSR, shape
-        self.size = len(left_BSL)
+        self.size = left_BSL.shape[0]
 
     def squares(self) -> torch.Tensor:
         return self.squares_and_mass()[0]
@@ -161,7 +162,7 @@ class Lookup(Contribution):
 
     def __init__(self, ids_BS: torch.Tensor, gradient_BSH: torch.Tensor, shape: torch.Size) -> None:
         self.ids, self.gradient, self.shape = ids_BS, gradient_BSH, shape
-        self.size = len(ids_BS)
+        self.size = ids_BS.shape[0]
 
     def squares(self) -> torch.Tensor:
         height, width = self.shape
@@ -200,7 +201,10 @@ class Sum(Contribution):
     def squares(self) -> torch.Tensor:
         values = self.parts[0].rows(0, 1).numel()
         step = max(1, _CHUNK_VALUES // max(1, values))
-        return torch.cat([squares(self.rows(a, b).reshape(b - a, -1)) for a, b in _chunks(self.size, step)])
+        found_B = torch.cat([squares(self.rows(a, b).reshape(b - a, -1)) for a, b in _chunks(self.size, step)])
+        # parts that cancel are added to the sum one after the other, and rounded apart
+        rounded_B = torch.stack([part.squares().sqrt() for part in self.parts]).sum(dim=0)
+        return (found_B.sqrt() + 16 * _UNIT_ROUNDOFF * rounded_B).square()
 
     def add_to(self, out: torch.Tensor, factors_B: torch.Tensor) -> None:
         for part in self.parts:
@@ -235,8 +239,9 @@ class Tied(Sum):
         products_BTS = torch.bmm(outer.right.float(), lookup.gradient.transpose(1, 2))
         cross_B = (double(picked_BTS) * double(products_BTS)).sum(dim=(1, 2))
         other_B = double(lookup.gradient.norm(dim=2)).sum(dim=1) + _TINY
-        margin_B = outer.rounding * mass_B * other_B
-        return (lookup.squares() + of_outer_B + 2 * (cross_B + margin_B)).clamp(min=0)
+        # what squares_and_mass adds for the outer side alone, for both sides
+        margin_B = outer.rounding * other_B * (2 * mass_B + other_B)
+        return (lookup.squares() + of_outer_B + 2 * cross_B + margin_B).clamp(min=0)
 
 
 def outer(left: torch.Tensor, right: torch.Tensor, shape: torch.Size) -> Contribution:
@@ -250,11 +255,14 @@ def outer(left: torch.Tensor, right: torch.Tensor, shape: torch.Size) -> Contrib
         right: [B, ..., R].
         shape: The tensor's shape.
     """
-    left, right = left.reshape(len(left), -1, left.shape[-1]), right.reshape(len(right), -1, right.shape[-1])
+    left, right = (
+        left.flatten(1, -2) if left.dim() > 2 else left[:, None],
+        right.flatten(1, -2) if right.dim() > 2 else right[:, None],
+    )
     positions, height, width = left.shape[1], left.shape[2], right.shape[2]
     if height * width <= positions * (height + width):
-        # Outer's rows, at once: both sides can go
-        return Dense(Outer(left, right, shape).rows(0, len(left)))
+        # both sides can go at once
+        return Dense(torch.bmm(left.transpose(1, 2), right).view(left.shape[0], *shape))
     return Outer(left, right, shape)
 
 

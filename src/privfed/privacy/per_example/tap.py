@@ -95,8 +95,8 @@ class Recorder:
                 return
             if gradient.dim() == 0 or gradient.shape[0] != self.size:
                 raise ClientError(NO_GRADIENT)
-            with torch.no_grad(), exact_products(gradient.device.type):
-                deliver(gradient.detach().float(), *(t.detach() for t in kept))
+            with exact_products(gradient.device.type):
+                deliver(gradient.detach().float(), *[t.detach() for t in kept])
 
         return self.tap([output], saved, forward)[0]
 
@@ -124,11 +124,12 @@ def exact_products(device_type: str) -> Iterator[None]:
     A sum whose terms are rounded to 8 or 11 bits would move by more than the clip when an example is removed.
     """
     before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
+    if before == "highest" and not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before)

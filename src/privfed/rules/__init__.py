@@ -1,0 +1,179 @@
+"""Aggregation rules, one file each: what clients train and send, and how the server combines it.
+
+A rule is pure: it maps the tensors before a round, and what arrived, to the tensors after it. Everything that it
+computes from what arrived is post-processing of what was released, so no rule costs privacy by itself; what it
+*needs to see* decides which guarantees it can be combined with. No rule imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from privfed.registry import Registry
+from privfed.schedule import ClientConfig, ServerConfig
+from privfed.types import Float32
+
+Tensors = Mapping[str, Float32]
+
+PERIOD = 2
+"""Every rule asks for the same after so many rounds."""
+LORA_TUNINGS = frozenset({"lora", "rslora", "pissa", "federa"})
+"""Tunings that train both factors of plain LoRA pairs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One LoRA pair of a model: the layer computes with ``weight + scale * B A``.
+
+    Attributes:
+        a: Name of A, [r, ...]; flattened to [r, in].
+        b: Name of B, [out, r, ...]; flattened to [out, r].
+        weight: Name of the base weight.
+        scale: What the product is multiplied by.
+        transposed: Whether the base weight is stored as [in, out].
+        core: Name of an [r, r] matrix R between the two, where there is one (Fed-SB: B R A).
+    """
+
+    a: str
+    b: str
+    weight: str
+    scale: float
+    transposed: bool = False
+    core: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contribution:
+    """One client's tensors after its training, and its share of the average; the shares of a round sum to 1."""
+
+    share: float
+    tensors: Tensors = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a rule's step knows beside the tensors: the model's pairs, the run's seed, and the round (from 1)."""
+
+    pairs: tuple[Pair, ...]
+    seed: int
+    round: int
+
+
+class Rule:
+    """What is true of a rule, and its steps; the base does what federated averaging does.
+
+    Attributes:
+        needs_individual: The server has to see each client's update; a sum is not enough.
+        takes: Names of the tunings it works with; None for any.
+        plain_server: The server's step is averaging alone: factors are re-made each round, and a server
+            optimiser's vectors would speak of factors that are gone.
+        changes_base: It changes base weights: the result is a whole model, not an adapter.
+        variates: Clients keep control variates and correct their gradients by them.
+    """
+
+    needs_individual: ClassVar[bool] = False
+    takes: ClassVar[frozenset[str] | None] = None
+    plain_server: ClassVar[bool] = False
+    changes_base: ClassVar[bool] = False
+    variates: ClassVar[bool] = False
+
+    def personal(self, pairs: Sequence[Pair]) -> frozenset[str]:  # noqa: ARG002
+        """Return the names of tensors that clients train and never send."""
+        return frozenset()
+
+    def carried(self, pairs: Sequence[Pair]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return the names of tensors that the server changes and broadcasts and that no client trains."""
+        return ()
+
+    def resting(self, round_number: int, pairs: Sequence[Pair]) -> frozenset[str]:  # noqa: ARG002
+        """Return the names of trained tensors that stand still in this round (counted from 1).
+
+        It repeats after ``PERIOD`` rounds.
+        """
+        return frozenset()
+
+    def remade(self, pairs: Sequence[Pair]) -> frozenset[str]:  # noqa: ARG002
+        """Return the names of trained tensors that ``step`` sets anew: after a round they need not have moved."""
+        return frozenset()
+
+    def start(self, tensors: Tensors, setting: Setting) -> Tensors:  # noqa: ARG002
+        """Return the tensors that change before the first round, out of all shared and carried ones."""
+        return {}
+
+    def step(
+        self,
+        before: Tensors,  # noqa: ARG002
+        averaged: Tensors,  # noqa: ARG002
+        contributions: Sequence[Contribution],  # noqa: ARG002
+        setting: Setting,  # noqa: ARG002
+    ) -> Tensors:
+        """Return the tensors that differ from ``averaged`` after a round.
+
+        Args:
+            before: All shared and carried tensors as they were broadcast.
+            averaged: The same with the server optimiser's step taken.
+            contributions: Each survivor's tensors where ``needs_individual``, else empty.
+            setting: Pairs, seed and round.
+        """
+        return {}
+
+
+RULES: Registry[type[Rule]] = Registry("aggregation rule", "privfed.rules")
+
+
+def check_rule(server: ServerConfig, client: ClientConfig, *, tuning: str, unit: str, masked: bool) -> None:
+    """Refuse what the chosen rule cannot be combined with; nothing but names is looked at.
+
+    Args:
+        server: The ``[server]`` table.
+        client: The ``[client]`` table.
+        tuning: Name of the tuning.
+        unit: The privacy unit.
+        masked: Whether sums are masked.
+
+    Raises:
+        UnknownNameError: If there is no such rule.
+        ValueError: A sentence that names both sides and the nearest that works.
+    """
+    rule, name = RULES.get(server.aggregation), f"server.aggregation = {server.aggregation!r}"
+    if rule.takes is not None and tuning not in rule.takes:
+        known = " or ".join(f'"{each}"' for each in sorted(rule.takes))
+        raise ValueError(
+            f"{name} works on LoRA factors and tuning.name = {tuning!r} does not train those it needs; "
+            f'use tuning.name = {known}, or aggregation = "fedavg"'
+        )
+    if rule.needs_individual and masked:
+        raise ValueError(
+            f'{name} needs the update of each client and secagg.name = "masked" shows the server their sum only; '
+            'use secagg.name = "none", or a rule that works on sums such as aggregation = "fedsvd" or "frlora"'
+        )
+    if rule.needs_individual and unit == "client":
+        raise ValueError(
+            f'{name} needs the update of each client and the noise of privacy.unit = "client" is added to their sum '
+            'only; use privacy.unit = "example", or a rule that works on sums such as aggregation = "fedsvd"'
+        )
+    if rule.plain_server and (server.optimizer != "sgd" or server.learning_rate != 1.0 or server.momentum):
+        raise ValueError(
+            f"{name} makes the factors anew in each round, and a server optimiser would remember those of before; use "
+            'server.optimizer = "sgd" with learning_rate = 1.0 and momentum = 0.0, or aggregation = "fedavg"'
+        )
+    if rule.variates:
+        _check_variates(name, server, client)
+
+
+def _check_variates(name: str, server: ServerConfig, client: ClientConfig) -> None:
+    if client.optimizer != "sgd" or client.momentum or client.weight_decay or client.proximal_mu:
+        raise ValueError(
+            f'{name} derives its control variates from plain gradient steps; use client.optimizer = "sgd" with '
+            'momentum, weight_decay and proximal_mu of 0.0, or aggregation = "fedavg"'
+        )
+    if server.weighting != "uniform":
+        raise ValueError(
+            f"{name} averages control variates over clients, which a sum weighted by examples does not give; use "
+            'server.weighting = "uniform", or aggregation = "fedavg"'
+        )
+
+
+__all__ = ["LORA_TUNINGS", "PERIOD", "RULES", "Contribution", "Pair", "Rule", "Setting", "Tensors", "check_rule"]
