@@ -49,6 +49,7 @@ USUAL = {
     "lora_alpha": "Scale: the update is multiplied by `lora_alpha / r`.",
     "target_modules": "Names of the layers to adapt; unset for peft's choice for the model.",
     "task": "What is learned.",
+    "layers_to_transform": "Numbers of the blocks to adapt; unset for all.",
     "record": "Recording for audits; not available yet.",
 }
 
@@ -117,12 +118,23 @@ def type_words(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(type_words(part) for part in parts if part is not types.NoneType)
     if origin is list:
-        return f"list of {type_words(parts[0])}s"
+        return f"list of {plural(parts[0])}"
+    if origin is dict:
+        return f"table of {plural(parts[1])}"
+    if annotation is Table:
+        return "name or table"
     return WORDS.get(getattr(annotation, "__name__", ""), str(annotation))
+
+
+def plural(annotation: Any) -> str:
+    """Return several values of a type in words."""
+    return type_words(annotation).replace(" or ", "s or ") + "s"
 
 
 def default(field: FieldInfo) -> str:
     """Return a key's default as TOML."""
+    if field.is_required():
+        return "none: give it"
     value = field.get_default(call_default_factory=True)
     if value is None:
         return "unset"
