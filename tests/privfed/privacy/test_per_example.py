@@ -358,10 +358,10 @@ def test_another_broadcast_meets_other_noise_and_the_same_one_the_same(tmp_path)
             trainer=LocalTrainer(module, "head", Recorded(), config, dp),
             codec=CODECS.get("identity").build(CODECS.get("identity").config(), None),
             holder=holder,
-            layout_digest=layout.digest,
-            size=layout.size,
+            sharing=share_out(RULES.get("fedavg")(), layout, (), patterns=(), head="head"),
+            store=None,
             event=event,
-            clip=None,
+            mechanism=None,
             weight=1.0,
         )
 
