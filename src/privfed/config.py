@@ -147,6 +147,11 @@ class RunConfig(Table):
                 "4bit",
             ),
         }
+        if self.model.dropout:
+            raise ConfigError(
+                f'model.dropout = {self.model.dropout:g} with privacy.unit = "example": an example draws another mask '
+                "alone than in its batch, so that its gradient could not be checked; set model.dropout = 0.0."
+            )
         for key, (given, reason, instead) in reasons.items():
             if given:
                 raise ConfigError(

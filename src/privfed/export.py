@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from privfed.config import RunConfig, parse_config
 from privfed.errors import ConfigError, ModelError
+from privfed.rules import RULES
 from privfed.tuning import TUNINGS
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
         raise ConfigError(f"{out} is there and not an empty folder: pass another with -o.")
     name = str(getattr(config.tuning, "name", ""))
     difference = None
-    if merge:
+    if merge and RULES.get(config.server.aggregation).changes_base:
+        _copy_whole(config, run / "adapter", out)
+    elif merge:
         difference = _merged(config, name, run / "adapter", out)
     else:
         shutil.copytree(run / "adapter", out, dirs_exist_ok=True)
@@ -113,8 +116,7 @@ def _merged(config: RunConfig, name: str, adapter: Path, out: Path) -> float:
     from privfed.tuning.adapters import quiet
 
     names = adapter / LABELS
-    labels = tuple(json.loads(names.read_text(encoding="utf-8"))) if names.exists() else ()
-    loaded = load_model(config.model, label_names=labels, seed=0)
+    loaded = load_model(config.model, label_names=_labels(adapter), seed=0)
     tuned = TUNINGS.get(name).load(loaded.model, adapter).eval()
     inputs = _probe(loaded)
     with torch.no_grad(), quiet():
@@ -128,15 +130,33 @@ def _merged(config: RunConfig, name: str, adapter: Path, out: Path) -> float:
     if not difference <= TOLERANCE * max(1.0, float(wanted.abs().max())):
         shutil.rmtree(temporary)
         raise _unmergeable(name, f"the merged model's logits differ by {difference:.1e}")
-    for part in (loaded.tokenizer, loaded.processor):
-        if part is not None:
-            part.save_pretrained(str(temporary))
+    _save_parts(loaded, temporary)
     if names.exists():
         shutil.copy(names, temporary / LABELS)
     if out.exists():
         out.rmdir()
     temporary.replace(out)
     return difference
+
+
+def _copy_whole(config: RunConfig, model: Path, out: Path) -> None:
+    """Write a result that is a whole model already (a rule that changes base weights), with its tokenizer."""
+    from privfed.models.loading import load_model
+
+    loaded = load_model(config.model, label_names=_labels(model), seed=0)
+    shutil.copytree(model, out, dirs_exist_ok=True)
+    _save_parts(loaded, out)
+
+
+def _labels(folder: Path) -> tuple[str, ...]:
+    names = folder / LABELS
+    return tuple(json.loads(names.read_text(encoding="utf-8"))) if names.exists() else ()
+
+
+def _save_parts(loaded: LoadedModel, folder: Path) -> None:
+    for part in (loaded.tokenizer, loaded.processor):
+        if part is not None:
+            part.save_pretrained(str(folder))
 
 
 def _probe(loaded: LoadedModel) -> dict[str, Any]:

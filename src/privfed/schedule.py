@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from privfed.table import Table
 
@@ -64,7 +64,8 @@ class ServerConfig(Table):
 
     Attributes:
         aggregation: The rule, by name; ``privfed ls rules`` lists them.
-        personal: Trained tensors that stay with each client: ``head``, or patterns of tensor names with ``*``.
+        personal: Trained tensors that stay with each client: ``head``, or patterns of tensor names with ``*``;
+            one, or a list.
         weighting: ``uniform``, or ``examples``: in proportion to the client's number of examples.
         optimizer: On the averaged update: ``sgd`` (with ``momentum``; learning rate 1 is plain averaging), ``adam``
             (with bias correction, as in torch), ``fedavgm`` (Hsu et al. 2019, arXiv 1909.06335), or ``fedadagrad``,
@@ -85,7 +86,9 @@ class ServerConfig(Table):
     """
 
     aggregation: str = "fedavg"
-    personal: list[str] = Field(default_factory=list)
+    personal: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        default_factory=list
+    )
     weighting: Literal["uniform", "examples"] = "uniform"
     optimizer: Literal["sgd", "adam", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "sgd"
     learning_rate: float = Field(default=1.0, gt=0)

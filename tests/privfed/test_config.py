@@ -300,3 +300,18 @@ def test_a_question_about_rounds_takes_both():
     for target in ("0", "-1", "nan", "inf", "true", "many"):
         with pytest.raises(ConfigError, match=r"privacy\.target_epsilon is .*, expected a finite number above 0"):
             load_budget_config("base.toml", ["privacy.noise_multiplier=1.5", f"privacy.target_epsilon={target}"])
+
+
+def test_dropout_is_refused_where_each_examples_gradient_has_to_be_checked():
+    with pytest.raises(
+        ConfigError, match=r"model\.dropout = 0\.1 with privacy\.unit = \"example\".*set model\.dropout"
+    ):
+        parse_config({"model": {"dropout": 0.1}}, where="run.toml")
+    privacy = {"unit": "client", "target_epsilon": 8.0}
+    assert parse_config({"model": {"dropout": 0.1}, "privacy": privacy}, where="run.toml").model.dropout == 0.1
+
+
+def test_one_personal_pattern_needs_no_list():
+    found = load_config("tiny", ["server.personal=head"])
+    assert found.server.personal == ["head"]
+    assert parse_config(found.to_dict(), where="again") == found

@@ -50,6 +50,21 @@ def tuned_logits(folder, config):
     return logits(model, loaded.tokenizer)
 
 
+def test_a_run_that_changed_base_weights_is_a_whole_model_already(tiny_config, tmp_path):
+    config = tiny_config(
+        tuning={"name": "lora", "r": 2},
+        privacy={"unit": "none", "target_epsilon": None},
+        server={"rounds": 1, "aggregation": "frlora"},
+        client={"optimizer": "adamw", "learning_rate": 0.01},
+    )
+    run = train(config, out=tmp_path / "run").folder
+    export(run, tmp_path / "whole", merge=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "whole")
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    trained = AutoModelForSequenceClassification.from_pretrained(run / "adapter")
+    assert torch.equal(logits(whole, tokenizer), logits(trained, tokenizer))
+
+
 @pytest.mark.parametrize(
     "tuning",
     [

@@ -20,7 +20,8 @@ class ModelConfig(Table):
         revision: A hub revision (branch, tag or commit).
         max_length: Longest input in tokens; longer texts are cut.
         dropout: Dropout of the base model while it trains. 0 by default: a tuner's per-example gradient is then
-            the same alone as in a batch, and short private runs do not gain from dropout.
+            the same alone as in a batch, and short private runs do not gain from dropout. Refused with
+            ``privacy.unit = "example"``.
         device: Where the model runs; ``auto`` takes a GPU where torch finds one (cuda, then mps).
         autocast: ``bf16`` runs forward and backward passes in bfloat16 where torch holds that safe: half the time and
             memory on processors that have it. Weights, clipping and noise stay in float32 and float64. Refused with

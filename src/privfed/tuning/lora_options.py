@@ -95,7 +95,7 @@ class LoraOptions(Table):
         if value != 0:
             raise ValueError(
                 f"{value} was given, and only 0 is taken: an adapter that draws a new mask in each forward pass has no "
-                "gradient of its own for each example; use model.dropout instead"
+                "gradient of its own for each example; leave it out"
             )
         return value
 

@@ -129,7 +129,7 @@ def _check_offered(kind: str, key: str, value: Any, known: list[str]) -> None:
     if "dropout" in key and value not in (0, False):
         raise ConfigError(
             f"tuning.{key} = {value!r}, and only 0 is taken: an adapter that draws a new mask in each forward pass has "
-            "no gradient of its own for each example; use model.dropout instead."
+            "no gradient of its own for each example; leave it out."
         )
 
 

@@ -67,7 +67,7 @@ def test_a_configuration_loads_without_peft():
         ({"name": "vera", "target_modules": 3}, ["tuning.target_modules = 3"]),
         ({"name": "oft", "r": 4, "oft_block_size": 8}, ['tuning.name = "oft" cannot have these options']),
         ({"name": "vera", "vera_dropout": 0.1}, ["tuning.vera_dropout = 0.1", "only 0 is taken"]),
-        ({"name": "loha", "module_dropout": 0.5}, ["only 0 is taken", "model.dropout"]),
+        ({"name": "loha", "module_dropout": 0.5}, ["only 0 is taken", "leave it out"]),
         ({"name": "p_tuning", "encoder_dropout": 0.5}, ["only 0 is taken"]),
         ({"name": "adalora", "total_step": 9}, ["tuning.total_step is not offered", "schedule"]),
         ({"name": "adalora", "eva_config": {}}, ["not offered", "without noise"]),
