@@ -15,13 +15,14 @@ from privfed.federation.client import Client, Holder
 from privfed.federation.local import ExampleDp, LocalTrainer
 from privfed.federation.material import Material, plans
 from privfed.federation.phases import TRAIN, phases
-from privfed.federation.round import RING_BITS, CentralNoise, Phase
+from privfed.federation.round import CentralNoise, Phase
 from privfed.models.examples import Examples, TextExamples, head_features
 from privfed.models.loading import LoadedModel, load_model
 from privfed.models.prefix import attach, find_prefix
 from privfed.privacy.plan import PhasePlan, Plan
 from privfed.rng import experiment_seed
 from privfed.schedule import ServerConfig
+from privfed.secagg import Identity
 from privfed.tuning import TUNINGS, TunedModel
 from privfed.tuning.layout import layout_of
 from privfed.types import PrivacyEvent
@@ -154,9 +155,12 @@ def _phase(
     holder: Holder,
 ) -> Phase:
     masked = config.secagg.name == "masked"
+    if masked and config.privacy.unit != "client":  # a cohort drawn at random is looked at when it is drawn
+        config.secagg.requirements().least_survivors(phase_plan.cohort_size)
     plugin = CODECS.get(str(getattr(config.compression, "name", None)))
     most = phase_plan.clients if config.privacy.unit == "client" else phase_plan.cohort_size
-    codec = plugin.build(config.compression, Ring(bits=RING_BITS, clients=most) if masked else None)
+    ring_bits = config.ring_bits(most)
+    codec = plugin.build(config.compression, Ring(bits=ring_bits, clients=most) if masked else None)
     layout = layout_of(trainer.module)
     largest = max(len(shard) for shard in material.shards)
     clip = config.privacy.l2_clip_norm if config.privacy.unit == "client" else None
@@ -182,13 +186,21 @@ def _phase(
         codec_name=str(getattr(config.compression, "name", "")),
         layout=layout,
         masked=masked,
-        threshold=config.secagg.threshold,
+        requirements=config.secagg.requirements(),
+        ring_bits=ring_bits,
+        identities=_identities(material, holder) if masked else {},
         weighted=config.server.weighting == "examples",
         central=_central(config, phase_plan, plan, codec, layout.size),
         poisson_clients=config.privacy.unit == "client",
         seed=config.seed,
         config_digest=config.digest(),
     )
+
+
+def _identities(material: Material, holder: Holder) -> dict[str, Identity]:
+    """Return the signing keys that the holder gives its clients for this run; a resumed run has the same."""
+    names = [shard.client_id for shard in material.shards]
+    return {name: Identity.from_seed(holder.stream("identity", name).bytes(32)) for name in names}
 
 
 def _weight(size: int, largest: int) -> float:
