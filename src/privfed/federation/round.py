@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.compression import Codec
-from privfed.errors import BudgetExceededError, LedgerError, ThresholdError
+from privfed.errors import BudgetExceededError, ConfigError, LedgerError, ThresholdError
 from privfed.federation.client import Broadcast, Client, Holder
 from privfed.federation.cohort import balanced_cohort, poisson_cohort
 from privfed.federation.collect import Collected, Link, MaskedLink, PlainLink
@@ -26,9 +26,8 @@ from privfed.federation.state import ServerState, rule_step, server_step, variat
 from privfed.privacy.mechanisms import AtWork, Memory, Moment, Release, Terms
 from privfed.privacy.plan import PhasePlan
 from privfed.schedule import ServerConfig
+from privfed.secagg import Identity, Requirements
 from privfed.types import EncodedSum, ParamLayout
-
-RING_BITS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +35,10 @@ class Phase:
     """Everything one phase of a run needs, fixed over its rounds.
 
     Attributes:
+        masked: Whether updates are summed by secure aggregation.
+        requirements: What a masked sum has to stand.
+        ring_bits: The ring that a masked sum is taken in.
+        identities: The clients' signing keys, whose public halves are the roster that every round pins.
         central: The mechanism of client-level privacy, at a trusted server, or None.
     """
 
@@ -47,7 +50,9 @@ class Phase:
     sharing: Sharing
     store: PersonalStore | None
     masked: bool
-    threshold: float
+    requirements: Requirements
+    ring_bits: int
+    identities: Mapping[str, Identity]
     weighted: bool
     central: AtWork | None
     meter: Callable[[], Meter] | None
@@ -177,7 +182,10 @@ def _exchange(
     nothing = Collected(total=None, survivors=(), bytes_up=0, bytes_down=0)
     if not cohort or (phase.masked and len(cohort) < 2):
         return nothing, None if phase.central else "fewer than two clients for a masked sum"
-    link = _link(cohort, state.round + 1, phase, holder)
+    try:
+        link = _link(cohort, state.round + 1, phase, holder)
+    except ConfigError as error:  # a cohort drawn at random can be too small for secagg.n_min
+        return nothing, str(error)
     with _timed(tally):
         link.open()
     for client_id in cohort:
@@ -199,14 +207,14 @@ def _link(cohort: tuple[str, ...], number: int, phase: Phase, holder: Holder) ->
     # a fresh nonce: keys of a round that a crash cut short never meet those of its repetition
     label = f"{holder.run_id}/{phase.plan.name}/{number}/{time.time_ns()}"
     return MaskedLink(
-        cohort,
+        {client: phase.identities[client] for client in cohort},
+        requirements=phase.requirements,
         round_id=hashlib.sha256(label.encode()).digest(),
         config_digest=bytes.fromhex(phase.config_digest),
         codec=phase.codec_name,
         length=length,
         weighted=phase.weighted,
-        threshold=phase.threshold,
-        ring_bits=RING_BITS,
+        ring_bits=phase.ring_bits,
     )
 
 

@@ -23,7 +23,7 @@ from privfed.federation.pairs import check_pairs, find_pairs
 from privfed.federation.personal import PersonalStore
 from privfed.federation.phases import TRAIN, phases
 from privfed.federation.roster import Roster
-from privfed.federation.round import RING_BITS, Phase
+from privfed.federation.round import Phase
 from privfed.federation.sharing import Sharing, share_out
 from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples, head_features
 from privfed.models.loading import LoadedModel, load_model
@@ -35,6 +35,7 @@ from privfed.privacy.plan import PhasePlan, Plan
 from privfed.rng import experiment_seed
 from privfed.rules import RULES
 from privfed.schedule import ClientConfig, ServerConfig
+from privfed.secagg import Identity
 from privfed.tuning import TUNINGS, TunedModel
 from privfed.tuning.layout import layout_of
 from privfed.types import PrivacyEvent, Shard
@@ -253,9 +254,12 @@ def _phase(
     own: Path | None,
 ) -> Phase:
     masked = config.secagg.name == "masked"
+    if masked and config.privacy.unit != "client":  # a cohort drawn at random is looked at when it is drawn
+        config.secagg.requirements().least_survivors(phase_plan.cohort_size)
     plugin = CODECS.get(str(getattr(config.compression, "name", None)))
     most = phase_plan.clients if config.privacy.unit == "client" else phase_plan.cohort_size
-    codec = plugin.build(config.compression, Ring(bits=RING_BITS, clients=most) if masked else None)
+    ring_bits = config.ring_bits(most)
+    codec = plugin.build(config.compression, Ring(bits=ring_bits, clients=most) if masked else None)
     largest = max(len(shard) for shard in material.shards)
     central = _central(config, phase_plan, plan, codec, sharing.largest(phase_plan.rounds))
     store = _store(sharing, own)
@@ -282,7 +286,9 @@ def _phase(
         sharing=sharing,
         store=store,
         masked=masked,
-        threshold=config.secagg.threshold,
+        requirements=config.secagg.requirements(),
+        ring_bits=ring_bits,
+        identities=_identities(material, holder) if masked else {},
         weighted=config.server.weighting == "examples",
         central=central,
         meter=make_meter(sharing, codec, trainer, _noise(central, phase_plan)) if server.meter else None,
@@ -312,6 +318,12 @@ def _store(sharing: Sharing, own: Path | None) -> PersonalStore | None:
     if own is None:
         raise ConfigError("Clients of this run keep a state of their own: give a folder for it.")
     return PersonalStore(own)
+
+
+def _identities(material: Material, holder: Holder) -> dict[str, Identity]:
+    """Return the signing keys that the holder gives its clients for this run; a resumed run has the same."""
+    names = [shard.client_id for shard in material.shards]
+    return {name: Identity.from_seed(holder.stream("identity", name).bytes(32)) for name in names}
 
 
 def _weight(size: int, largest: int) -> float:
