@@ -23,6 +23,7 @@ from privfed.data.sharding import no_classes
 from privfed.errors import ConfigError, UnknownNameError, nearest, unknown_name
 from privfed.models.config import ModelConfig
 from privfed.privacy.config import PrivacyConfig
+from privfed.privacy.discrete.config import check_distributed
 from privfed.privacy.mechanisms import MECHANISMS
 from privfed.registry import Registry
 from privfed.rules import RULES, check_rule
@@ -221,7 +222,17 @@ class RunConfig(Table):
             unit=self.privacy.unit,
             masked=self.secagg.name == "masked",
         )
-        if self.privacy.unit == "client":
+        if self.privacy.is_distributed:
+            check_distributed(
+                unit=self.privacy.unit,
+                relation=self.privacy.neighboring_relation,
+                client=self.client,
+                server=self.server,
+                warm=self.head_warm_start,
+                secagg=self.secagg.name,
+                compression=str(getattr(self.compression, "name", "")),
+            )
+        elif self.privacy.unit == "client":
             self._check_mechanism()
         return self
 

@@ -45,6 +45,10 @@ class Link(Protocol):
     def send(self, client_id: str, encoded: Encoded, weight: float) -> None:
         """Carry one client's update to the server."""
 
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """Whose vectors the server has: the survivors of ``close``, if it succeeds."""
+
     def close(self) -> Collected:
         """End the round and return the sum over the survivors."""
 
@@ -75,6 +79,11 @@ class PlainLink:
     def send(self, client_id: str, encoded: Encoded, weight: float) -> None:
         """Serialise on the client's side, count the bytes, add on the server's."""
         self._receive(to_bytes(encoded, client_id=client_id, weight=weight))
+
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """Whose vectors were received."""
+        return tuple(self._survivors)
 
     def close(self) -> Collected:
         """Return the sum of the values received."""
@@ -180,6 +189,11 @@ class MaskedLink:
         message = self._clients[client_id].masked_input(self._shares[client_id], values_M)
         self._server.receive_masked(self._counted(message))
         self._sent.append(client_id)
+
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """Whose masked vectors were received; nothing is unmasked yet."""
+        return tuple(self._sent)
 
     def close(self) -> Collected:
         """Unmask the sum over the survivors.

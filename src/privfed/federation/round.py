@@ -18,6 +18,7 @@ from privfed.errors import BudgetExceededError, ConfigError, LedgerError, Thresh
 from privfed.federation.client import Broadcast, Client, Holder
 from privfed.federation.cohort import balanced_cohort, poisson_cohort
 from privfed.federation.collect import Collected, Link, MaskedLink, PlainLink
+from privfed.federation.distributed import Shares
 from privfed.federation.meter import Meter, MeterReading
 from privfed.federation.personal import PersonalStore
 from privfed.federation.progress import Progress
@@ -27,7 +28,7 @@ from privfed.privacy.mechanisms import AtWork, Memory, Moment, Release, Terms
 from privfed.privacy.plan import PhasePlan
 from privfed.schedule import ServerConfig
 from privfed.secagg import Identity, Requirements
-from privfed.types import EncodedSum, ParamLayout
+from privfed.types import ParamLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,7 @@ class Phase:
         ring_bits: The ring that a masked sum is taken in.
         identities: The clients' signing keys, whose public halves are the roster that every round pins.
         central: The mechanism of client-level privacy, at a trusted server, or None.
+        shares: Noise that clients add in shares, or None.
     """
 
     plan: PhasePlan
@@ -58,6 +60,7 @@ class Phase:
     meter: Callable[[], Meter] | None
     seed: int
     config_digest: str
+    shares: Shares | None = None
 
     @property
     def layout(self) -> ParamLayout:
@@ -66,6 +69,8 @@ class Phase:
 
     def message_size(self, round_number: int) -> int:
         """Return M: the values sent in a round, and what the mechanism sends behind them."""
+        if self.shares is not None:
+            return self.shares.params.encoded_length
         return self.sharing.part(round_number).sent.size + (self.central.extra if self.central else 0)
 
 
@@ -131,7 +136,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
     ).to_bytes()
     tally = _Tally(meter=phase.meter() if phase.meter else None)
     collected, lost = _exchange(cohort, broadcast, state, phase, holder, progress, tally)
-    release = _release(collected.total, phase, holder, state.mechanism, number, broadcast, lost)
+    release = _release(collected, phase, holder, state.mechanism, number, broadcast, lost)
     mean_M = release.mean_D
     after = _advance(replace(state, mechanism=release.memory), mean_M, collected, phase)
     if phase.central is None:  # whom Poisson sampling chose is nobody's business, and nothing depends on it
@@ -152,7 +157,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         bytes_up=collected.bytes_up,
         bytes_down=collected.bytes_down + len(broadcast) * len(cohort),
         update_norm=0.0 if mean_M is None else float(np.linalg.norm(mean_M)),
-        saturated=None if phase.central else tally.saturated,
+        saturated=None if phase.central or phase.shares else tally.saturated,
         meter=tally.meter.read(number) if tally.meter and not release.lost else None,
         terms=terms,
     )
@@ -190,6 +195,10 @@ def _exchange(
         link.open()
     for client_id in cohort:
         _serve(link, phase.clients[client_id], broadcast, state, progress, tally)
+    if phase.shares is not None:
+        refusal = phase.shares.refusal(link.sent, broadcast, state.round + 1, holder)
+        if refusal is not None:
+            return nothing, refusal
     try:
         with _timed(tally):
             collected = link.close()
@@ -237,14 +246,15 @@ def _serve(link: Link, client: Client, broadcast: bytes, state: ServerState, pro
         raise
     except Exception as error:  # noqa: BLE001  (any failure of one client must cost the round only that client)
         # under client level a message could carry a figure of the protected client: its kind has to do
-        reason = type(error).__name__ if client.mechanism is not None else f"{type(error).__name__}: {error}"
+        guarded = client.mechanism is not None or client.shares is not None
+        reason = type(error).__name__ if guarded else f"{type(error).__name__}: {error}"
         tally.dropped.append((client_id, reason))
         progress.client_dropped(client_id, reason)
     progress.client_done(client_id)
 
 
 def _release(
-    total: EncodedSum | None,
+    collected: Collected,
     phase: Phase,
     holder: Holder,
     memory: Memory,
@@ -253,6 +263,10 @@ def _release(
     lost: str | None,
 ) -> Release:
     """Return the round's averaged update; under client level noised, charged, and over a public denominator."""
+    total = collected.total
+    if phase.shares is not None:  # the clients charged, and the sum has its noise in it
+        public = None if lost or total is None else (total, collected.survivors, holder.run_id, number)
+        return Release(mean_D=phase.shares.update(*public) if public else None, memory=memory, lost=lost)
     sum_M = np.zeros(phase.message_size(number)) if total is None else phase.codec.decode_sum(total)
     if phase.central is None:
         return Release(mean_D=None if lost or total is None else sum_M / total.total_weight, memory=memory, lost=lost)
