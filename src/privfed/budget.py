@@ -32,7 +32,8 @@ def answer(
     if not config.privacy.on:
         raise ConfigError('This run has privacy.unit = "none": there is no budget to compute; set unit = "example".')
     sizes = _sizes(config, clients, shard_size)
-    phases = phase_plans(config, sizes)
+    lengths = _lengths(config) if config.privacy.is_distributed else None
+    phases = phase_plans(config, sizes, lengths)
     masked = config.secagg.name == "masked"
     if both:
         rounds = affordable_rounds(config.privacy, phases, masked=masked)
@@ -43,7 +44,7 @@ def answer(
             )
         server = config.server.model_copy(update={"rounds": rounds})
         config = config.model_copy(update={"server": server})
-        phases = phase_plans(config, sizes)
+        phases = phase_plans(config, sizes, lengths)
     plan = make_plan(config.privacy, phases, masked=masked)
     worst = plan.events_by_client[plan.worst_client]
     steps = [
@@ -54,6 +55,7 @@ def answer(
             "sampling_probability": event.sampling_probability,
             "steps": event.steps,
             **_noise_in_model(config, phase, plan.noise_multiplier),
+            **_sums(config, phase, plan.noise_multiplier),
         }
         for phase, event in zip(phases, worst, strict=True)
     ]
@@ -67,7 +69,9 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         f"{found['neighboring_relation']})",
         *(
             f"{phase['phase']}: {phase['rounds']} rounds, noise multiplier {phase['noise_multiplier']:.4f}, at most "
-            f"{phase['steps']} steps at sampling probability {phase['sampling_probability']:.4g}" + _model_noise(phase)
+            f"{phase['steps']} steps at sampling probability {phase['sampling_probability']:.4g}"
+            + _model_noise(phase)
+            + _ring(phase)
             for phase in found["phases"]
         ),
         *(
@@ -79,16 +83,51 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 def _noise_in_model(config: RunConfig, phase: PhasePlan, noise: float) -> dict[str, Any]:
     """Return what tells mechanisms of one budget apart: how much of their noise stays in the model."""
-    if config.privacy.unit != "client":
+    if config.privacy.placed != "central" or config.privacy.unit != "client":
         return {}
     error = built(config.privacy.mechanism).running_error(phase, noise)
     return {"mechanism": config.privacy.mechanism_name, "noise_in_model": error}
 
 
 def _model_noise(phase: Mapping[str, Any]) -> str:
-    if "mechanism" not in phase:
+    if "noise_in_model" not in phase:
         return ""
     return f" ({phase['mechanism']}; the noise in the model's sum of averages is {phase['noise_in_model']:.4f} clips)"
+
+
+def _sums(config: RunConfig, phase: PhasePlan, noise: float) -> dict[str, Any]:
+    """Return what the masked sums of a phase look like under distributed noise."""
+    if not config.privacy.is_distributed:
+        return {}
+    from privfed.privacy.discrete.planning import discrete_params
+
+    params = discrete_params(config.privacy, phase, noise)
+    return {
+        "mechanism": params.noise,
+        "length": params.length,
+        "n_min": params.n_min,
+        "scale": params.scale,
+        "ring_bits": params.ring_bits,
+        "local_variance": params.local_variance,
+        "overflow_probability": params.overflow_probability(params.n),
+    }
+
+
+def _ring(phase: Mapping[str, Any]) -> str:
+    if "ring_bits" not in phase:
+        return ""
+    return (
+        f" ({phase['mechanism']}; {phase['length']} values of {phase['ring_bits']} bits, which overflow with "
+        f"probability at most {phase['overflow_probability']:.1g} a round; at least {phase['n_min']} survivors)"
+    )
+
+
+def _lengths(config: RunConfig) -> dict[str, int]:
+    """Return how many values are sent in each phase: what integer noise costs depends on it, so the model is loaded."""
+    from privfed.federation import material, setup
+
+    material.check_before_data(config)
+    return setup.trained_lengths(config, setup.load_tuned(config, material.gather(config))[1])
 
 
 def _sizes(config: RunConfig, clients: int | None, shard_size: int | None) -> dict[str, int]:
@@ -109,7 +148,7 @@ def _record(config: RunConfig, epsilon: float, noise: float) -> dict[str, Any]:
         "rounds": config.server.rounds,
         "accountant": privacy.accountant,
     }
-    protected = VIEWS if privacy.unit == "example" else ("release",)
+    protected = {"local": VIEWS, "central": ("release",), "distributed": ("aggregate", "release")}[privacy.placed]
     return {
         "epsilon": epsilon,
         **common,

@@ -23,10 +23,12 @@ from privfed.data.sharding import no_classes
 from privfed.errors import ConfigError, UnknownNameError, nearest, unknown_name
 from privfed.models.config import ModelConfig
 from privfed.privacy.config import PrivacyConfig
+from privfed.privacy.discrete.config import check_distributed
 from privfed.privacy.mechanisms import MECHANISMS
 from privfed.registry import Registry
 from privfed.rules import RULES, check_rule
 from privfed.schedule import ClientConfig, HeadWarmStart, ServerConfig
+from privfed.secagg.session import Requirements
 from privfed.table import Table
 from privfed.tuning import TUNINGS
 
@@ -36,11 +38,51 @@ class SecAggConfig(Table):
 
     Attributes:
         name: ``masked``: the server sees only the sum; ``none``: it sees each client's update.
-        threshold: Share of the cohort that must survive a round; fewer and the round is lost, nothing revealed.
+        dropped: Largest share of the cohort that may drop, at any stages, without losing the round.
+        corrupt: Largest share of the cohort that may tell the server all they know.
+        n_min: Fewest survivors that a client takes part in a sum of; unset: those that ``dropped`` leaves. With
+            fewer the round is lost and nothing revealed.
+        sigma: Bits of statistical security of the graph; matters for cohorts above 50, whose graph is not complete.
+        server: ``malicious``: it may name anyone as dropped; ``curious``: who drops is random, so that large cohorts
+            get a sparser graph. The protocol's checks are the same.
+        ring_bits: Bits of a value on the wire: 16, 20, 24 or 32, or ``auto`` for what the codec needs.
     """
 
     name: Literal["masked", "none"] = "masked"
-    threshold: float = Field(default=2 / 3, gt=0.5, le=1)
+    dropped: float = Field(default=0.3, ge=0, lt=0.5)
+    corrupt: float = Field(default=0.1, ge=0, lt=1)
+    n_min: int | None = Field(default=None, ge=2)
+    sigma: float = Field(default=40.0, ge=20, le=128)
+    server: Literal["malicious", "curious"] = "malicious"
+    ring_bits: Literal["auto", 16, 20, 24, 32] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_replaced(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and "threshold" in raw:
+            raise ValueError(
+                f"secagg.threshold = {raw['threshold']!r} was replaced by secagg.dropped, the share that may drop: "
+                "write dropped = 1 - threshold"
+            )
+        return raw
+
+    @model_validator(mode="after")
+    def _check_requirements(self) -> Self:
+        try:
+            self.requirements()
+        except ConfigError as error:
+            raise ValueError(str(error).removesuffix(".")) from error
+        return self
+
+    def requirements(self) -> Requirements:
+        """Return what a session has to stand."""
+        return Requirements(
+            dropped=self.dropped,
+            corrupt=self.corrupt,
+            n_min=self.n_min,
+            sigma=self.sigma,
+            server=self.server,
+        )
 
 
 class LedgerConfig(Table):
@@ -168,6 +210,11 @@ class RunConfig(Table):
                 'server.cohort_size = 1 with secagg.name = "masked": the sum of one update is that update; '
                 'use a cohort of 2 or more, or secagg.name = "none"'
             )
+        if self.secagg.name == "masked" and cohort is not None and self.privacy.unit != "client":
+            try:
+                self.secagg.requirements().least_survivors(cohort)
+            except ConfigError as error:
+                raise ValueError(f"server.cohort_size = {cohort}: {str(error).removesuffix('.')}") from error
         if self.privacy.unit == "client" and self.server.weighting == "examples":
             raise ValueError(
                 'server.weighting = "examples" with privacy.unit = "client": weights would depend on the protected '
@@ -180,7 +227,17 @@ class RunConfig(Table):
             unit=self.privacy.unit,
             masked=self.secagg.name == "masked",
         )
-        if self.privacy.unit == "client":
+        if self.privacy.is_distributed:
+            check_distributed(
+                unit=self.privacy.unit,
+                relation=self.privacy.neighboring_relation,
+                client=self.client,
+                server=self.server,
+                warm=self.head_warm_start,
+                secagg=self.secagg.name,
+                compression=str(getattr(self.compression, "name", "")),
+            )
+        elif self.privacy.unit == "client":
             self._check_mechanism()
         return self
 
@@ -205,6 +262,12 @@ class RunConfig(Table):
                 "clients with larger values would drop out of masked rounds, which depends on their data; raise "
                 "max_value or lower l2_clip_norm"
             )
+
+    def ring_bits(self, clients: int) -> int:
+        """Return the ring that masked sums of up to ``clients`` updates are taken in."""
+        if self.secagg.ring_bits != "auto":
+            return self.secagg.ring_bits
+        return CODECS.get(str(getattr(self.compression, "name", None))).ring_bits(self.compression, clients)
 
     def digest(self) -> str:
         """Return the SHA-256 of the resolved configuration."""

@@ -16,6 +16,11 @@ The tree, with the exit code of the command line in brackets::
     |-- RoundError [1]             too few clients survived a round
     `-- SecAggError [1]            secure aggregation refused or failed
         |-- ProtocolError [1]      a message out of order, repeated, malformed or not authentic
+        |   |-- MessageError [1]       ... malformed, oversized, damaged, or of another round
+        |   |-- StageError [1]         ... out of order or repeated
+        |   |-- AuthenticityError [1]  ... not from the client it names: a key was swapped, or a byte altered
+        |   |-- EquivocationError [1]  ... the server told different clients different things
+        |   `-- ShareError [1]         ... shares that do not give the secret that was advertised
         `-- ThresholdError [1]     fewer survivors than the threshold
 
 Messages are one sentence that says what was given, what was expected and what to do.
@@ -91,6 +96,34 @@ class SecAggError(PrivfedError):
 
 class ProtocolError(SecAggError):
     """A message out of order, repeated, malformed or not authentic."""
+
+
+class MessageError(ProtocolError):
+    """A message that is malformed, oversized, damaged on its way, or of another round or configuration."""
+
+
+class StageError(ProtocolError):
+    """A message or call out of order or for the second time."""
+
+
+class AuthenticityError(ProtocolError):
+    """A message, key or share that does not come from the client it names."""
+
+
+class EquivocationError(ProtocolError):
+    """The server told different clients different things, or left this client out; nothing was revealed."""
+
+
+class ShareError(ProtocolError):
+    """Shares that do not give the secret that their owner advertised.
+
+    Attributes:
+        peer: The owner of the secret. It dealt, or another client returned, a wrong share.
+    """
+
+    def __init__(self, message: str, peer: str) -> None:
+        super().__init__(message)
+        self.peer = peer
 
 
 class ThresholdError(SecAggError):

@@ -32,13 +32,15 @@ from privfed.federation.generation import Generation, generate
 from privfed.federation.phases import TRAIN
 from privfed.federation.progress import Progress, Silent
 from privfed.models.language import LanguageExamples
+from privfed.privacy.discrete.planning import survivors_events
 from privfed.privacy.ledger import Ledger
-from privfed.privacy.plan import Plan
+from privfed.privacy.plan import PhasePlan, Plan
 from privfed.privacy.spending import spent_so_far
 from privfed.report.facts import receipt_facts
 from privfed.report.html import write_report
 from privfed.report.receipt import build_receipt, read_receipt, write_receipt
 from privfed.rng import reproducible_key
+from privfed.types import EVERYONE
 
 PACKAGES = ("torch", "transformers", "peft", "opacus", "dp-accounting", "numpy", "cryptography")
 
@@ -109,11 +111,13 @@ class _Run:
 
     def train(self) -> Outcome:
         """Plan, check, train every phase, check again."""
+        distributed = self.config.privacy.is_distributed
+        if distributed:  # its noise depends on how many values are trained
+            self.bench = self._built()
         self.plan = self._planned()
         holder = self._holder()
         self._approve(holder)
-        self.watch.message(f"Loading {self.config.model.name}")
-        self.bench = setup.build(self.config, self.material, self.watch)
+        self.bench = self.bench or self._built()
         stages = setup.make_stages(
             self.config, self.material, self.bench, self.plan, holder, self.watch, self.folder.own
         )
@@ -121,7 +125,7 @@ class _Run:
         vanishing = self._check_before(stages)
         frozen = sentinels.frozen_digests(self.bench.tuned.model)
         self._open_metrics(stages)
-        spent = spent_so_far(self.config.privacy, self.plan, materials.plans(self.config, self.material))
+        spent = spent_so_far(self.config.privacy, self.plan, self._phases())
         outcome = run_phases(
             stages, self.config, self.folder, holder, self.watch, self.material.dataset.label_names, spent
         )
@@ -151,10 +155,21 @@ class _Run:
         self.ledger.erase_run_key(self.folder.run_id)
         return RunResult(folder=self.folder.path, receipt=receipt)
 
+    def _built(self) -> setup.Workbench:
+        self.watch.message(f"Loading {self.config.model.name}")
+        return setup.build(self.config, self.material, self.watch)
+
+    def _lengths(self) -> Mapping[str, int] | None:
+        distributed = self.config.privacy.is_distributed
+        return setup.trained_lengths(self.config, self._bench().tuned) if distributed else None
+
+    def _phases(self) -> list[PhasePlan]:
+        return materials.plans(self.config, self.material, self._lengths())
+
     def _planned(self) -> Plan | None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            plan = materials.plan_privacy(self.config, self.material)
+            plan = materials.plan_privacy(self.config, self.material, self._lengths())
         for warning in caught:
             self.watch.message(f"Warning: {warning.message}")
         if plan is not None:
@@ -190,8 +205,11 @@ class _Run:
                 data_digest=holder.data_digest, unit=unit, epsilon=cap, delta=self.config.privacy.target_delta
             )
         if self.plan is not None:
+            records = {}
+            if self.config.privacy.is_distributed:
+                records[EVERYONE] = survivors_events(self.config.privacy, self.plan, self._phases())
             self.ledger.approve(
-                self.plan.events_by_client,
+                {**self.plan.events_by_client, **records},
                 run_id=self.folder.run_id,
                 data_digest=holder.data_digest,
                 partition_digest=holder.partition_digest,

@@ -239,8 +239,14 @@ def test_tables_are_frozen():
         ("seed=true", ["seed = True", "integer"]),
         ("client.batch_size=16", ["batch_size = 16 and sampling_probability = 0.1", "one of them", "unset"]),
         ("client.sampling_probability=1.5", ["sampling_probability = 1.5", "less than or equal to 1"]),
-        ("secagg.threshold=0.4", ["secagg.threshold = 0.4", "greater than 0.5"]),
         ("model.task=translation", ["model.task = 'translation'", "'sequence_classification'"]),
+        ("secagg.threshold=0.7", ["secagg.threshold = 0.7", "secagg.dropped", "dropped = 1 - threshold"]),
+        ("secagg.dropped=0.6", ["secagg.dropped = 0.6", "less than 0.5"]),
+        ("secagg.dropped=0.48", ["secagg.dropped = 0.48", "secagg.corrupt = 0.1", "2 dropped + corrupt", "lower one"]),
+        ("secagg.n_min=1", ["secagg.n_min = 1", "greater than or equal to 2"]),
+        ("secagg.ring_bits=18", ["secagg.ring_bits = 18", "'auto', 16, 20, 24 or 32"]),
+        ("secagg.sigma=5", ["secagg.sigma = 5", "greater than or equal to 20"]),
+        ("secagg.server=honest", ["secagg.server = 'honest'", "'malicious' or 'curious'"]),
         ("audit.record=true", ["audit.record = True", "False"]),
         ("data.name=unset", ["neither name nor path", "set name = 'pydoc'"]),
         ("privacy.mechanism=gausian", ["Unknown mechanism 'gausian'", "Did you mean 'gaussian'"]),
@@ -303,9 +309,7 @@ def test_a_question_about_rounds_takes_both():
 
 
 def test_dropout_is_refused_where_each_examples_gradient_has_to_be_checked():
-    with pytest.raises(
-        ConfigError, match=r"model\.dropout = 0\.1 with privacy\.unit.*set model\.dropout"
-    ):
+    with pytest.raises(ConfigError, match=r"model\.dropout = 0\.1 with privacy\.unit.*set model\.dropout"):
         parse_config({"model": {"dropout": 0.1}}, where="run.toml")
     privacy = {"unit": "client", "target_epsilon": 8.0}
     assert parse_config({"model": {"dropout": 0.1}, "privacy": privacy}, where="run.toml").model.dropout == 0.1
@@ -315,3 +319,26 @@ def test_one_personal_pattern_needs_no_list():
     found = load_config("tiny", ["server.personal=head"])
     assert found.server.personal == ["head"]
     assert parse_config(found.to_dict(), where="again") == found
+
+
+@pytest.mark.parametrize(
+    ("n_min", "parts"),
+    [(5, ["cohort_size = 10", "n_min = 5", "use at least 6"]), (8, ["cohort_size = 10", "n_min = 8", "only 7 of 10"])],
+)
+def test_a_sum_that_cannot_be_safe_is_refused_with_the_cohort(n_min, parts):
+    text = sentence("server.cohort_size=10", f"secagg.n_min={n_min}")
+    assert all(part in text for part in parts)
+    assert load_config("base.toml", ["server.cohort_size=10", "secagg.n_min=7"]).secagg.requirements().n_min == 7
+    load_config("base.toml", ["server.cohort_size=10", f"secagg.n_min={n_min}", "secagg.name=none"])
+
+
+def test_the_ring_is_what_the_codec_needs_unless_it_is_given():
+    assert load_config("base.toml").ring_bits(10) == 32
+    assert load_config("base.toml", ["secagg.ring_bits=24"]).ring_bits(10) == 24
+    rings = {
+        bits: load_config("base.toml", ["compression.name=stochastic_quantizer", f"compression.bits={bits}"]).ring_bits(
+            20
+        )
+        for bits in (8, 12, 16)
+    }
+    assert rings == {8: 16, 12: 20, 16: 24}  # 20 times 2^(bits - 1) - 1 has to stay below 2^(ring - 1)

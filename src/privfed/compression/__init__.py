@@ -47,10 +47,15 @@ class Codec(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodecPlugin:
-    """A codec's table and its builder; ``ring`` is None where updates are not masked."""
+    """A codec's table and its builder; ``ring`` is None where updates are not masked.
+
+    Attributes:
+        ring_bits: The ring that ``secagg.ring_bits = "auto"`` takes for this table and so many clients.
+    """
 
     config: type[Table]
     build: Callable[[Any, Ring | None], Codec]
+    ring_bits: Callable[[Any, int], int] = lambda _config, _clients: 32
 
 
 CODECS: Registry[CodecPlugin] = Registry("codec", "privfed.compression")

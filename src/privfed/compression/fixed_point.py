@@ -18,6 +18,15 @@ def largest_step_count(ring_bits: int, clients: int) -> int:
     return ((1 << (ring_bits - 1)) - 1) // max(1, clients)
 
 
+def least_ring(largest: int, clients: int) -> int:
+    """Return the smallest ring (16, 20, 24 or 32 bits) in which ``clients`` integers up to ``largest`` never wrap.
+
+    Where not even 32 bits will do, 32: the codec's own check then says so.
+    """
+    fitting = [bits for bits in (16, 20, 24, 32) if largest <= largest_step_count(bits, clients)]
+    return fitting[0] if fitting else 32
+
+
 def check_finite(vector_D: Float32) -> None:
     """Refuse NaN and infinity: no integer stands for them.
 

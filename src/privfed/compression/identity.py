@@ -10,7 +10,7 @@ from pydantic import Field
 
 from privfed.compression import CODECS, CodecPlugin, Ring
 from privfed.compression.fixed_point import check_finite, largest_step_count, scaled_sum, to_ring
-from privfed.errors import ClientError
+from privfed.errors import ClientError, ConfigError
 from privfed.rng import PrivateStream
 from privfed.table import Table
 from privfed.types import Encoded, EncodedSum, Float32
@@ -42,7 +42,15 @@ class Identity:
         self._ring = ring
         self._max_value = config.max_value
         self.unbiased = ring is None  # nearest rounding is off by less than half a step
-        self._step = 1.0 if ring is None else config.max_value / largest_step_count(ring.bits, ring.clients)
+        self._step = 1.0 if ring is None else config.max_value / self._step_count(ring)
+
+    @staticmethod
+    def _step_count(ring: Ring) -> int:
+        """Return how many steps ``max_value`` may be: n times as many stay inside the ring, so no sum ever wraps."""
+        steps = largest_step_count(ring.bits, ring.clients)
+        if steps < 1:
+            raise ConfigError(f"A ring of {ring.bits} bits cannot sum {ring.clients} clients: raise secagg.ring_bits.")
+        return steps
 
     def l2_bound(self, bound: float, length: int) -> float:
         """Return the bound; see the class."""

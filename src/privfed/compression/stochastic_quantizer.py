@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from privfed.compression import CODECS, CodecPlugin, Ring
-from privfed.compression.fixed_point import check_finite, largest_step_count, scaled_sum, to_ring
+from privfed.compression.fixed_point import check_finite, largest_step_count, least_ring, scaled_sum, to_ring
 from privfed.errors import ConfigError
 from privfed.rng import PrivateStream
 from privfed.table import Table
@@ -96,4 +96,11 @@ class StochasticQuantizer:
         return scaled_sum(encoded_sum, None if self._ring is None else self._ring.bits)
 
 
-CODECS.register("stochastic_quantizer")(CodecPlugin(config=StochasticQuantizerConfig, build=StochasticQuantizer))
+def _ring_bits(config: StochasticQuantizerConfig, clients: int) -> int:
+    """Return the smallest ring that holds the sum of ``clients`` grid points."""
+    return least_ring(2 ** (config.bits - 1) - 1, clients)
+
+
+CODECS.register("stochastic_quantizer")(
+    CodecPlugin(config=StochasticQuantizerConfig, build=StochasticQuantizer, ring_bits=_ring_bits)
+)

@@ -15,6 +15,7 @@ import numpy as np
 
 from privfed.compression import Codec
 from privfed.errors import ClientError, ProtocolError
+from privfed.federation.distributed import Shares
 from privfed.federation.local import LocalTrainer, StepDone, Work
 from privfed.federation.personal import PERSONAL, PersonalStore
 from privfed.federation.sharing import Sharing
@@ -142,8 +143,9 @@ class Client:
     Attributes:
         sharing: What it trains, sends and keeps.
         store: Where it keeps its own state, where it has any.
-        event: What a participation costs an example of this client, or None without example-level privacy.
-        mechanism: What bounds the update under client-level privacy, or None.
+        event: What a participation is charged to this client's account, or None where the client charges nothing.
+        mechanism: What bounds the update under client-level privacy at a trusted server, or None.
+        shares: How the client adds its share of distributed noise, or None.
         weight: Aggregation weight, at most 1.
     """
 
@@ -156,6 +158,7 @@ class Client:
     event: PrivacyEvent | None
     mechanism: AtWork | None
     weight: float
+    shares: Shares | None = None
 
     def respond(self, broadcast: bytes, on_step: StepDone, start_D: Float32 | None = None) -> Encoded:
         """Return the encoded, weighted update for ``broadcast``; its cost is in the ledger by then.
@@ -165,6 +168,7 @@ class Client:
 
         Under example-level privacy the gradient over shared and personal tensors is clipped and noised as one vector,
         so both are private; under client level only what is sent is clipped, and what stays is not protected.
+        Under distributed noise what is returned has only the client's own share of it: it is masked before it leaves.
 
         Args:
             broadcast: The server's message.
@@ -184,6 +188,8 @@ class Client:
         own = self._own(received.round, start_D)
         digest = _digest(broadcast, own)
         place = (self.shard.client_id, received.phase, received.round)
+        if self.shares is not None:
+            return self._shared_out(received, digest, self.shares, on_step)
         part = sharing.part(received.round)
         delta_D = self.trainer.run(
             self._start(received.params_D, own),
@@ -198,6 +204,17 @@ class Client:
         if self.event is not None:
             self.holder.charge(*place, digest, self.event)
         self._keep(received, own, delta_D, update)
+        return encoded
+
+    def _shared_out(self, received: Broadcast, digest: str, shares: Shares, on_step: StepDone) -> Encoded:
+        """Return the client's residues, its share of the noise in them, charged at what ``n_min`` survivors give."""
+        if self.event is None:
+            raise ClientError("This client's share of the noise has no charge to go with it: nothing was sent.")
+        place = (self.shard.client_id, received.phase, received.round)
+        training = self.holder.stream("train", *place, digest)
+        vector_D = shares.vector(self.trainer, received.params_D, self.shard, training, on_step)
+        encoded = shares.encode(vector_D, received.run_id, received.round, self.holder.stream("share", *place, digest))
+        self.holder.charge(*place, digest, self.event)
         return encoded
 
     def _own(self, round_number: int, start_D: Float32 | None) -> dict[str, Float32]:

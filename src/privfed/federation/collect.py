@@ -5,7 +5,7 @@ Both collectors add a message on arrival and forget it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.compression.message import signed_values, to_bytes
-from privfed.errors import ProtocolError
-from privfed.secagg import ClientSession, ServerSession, SessionParams, default_threshold
+from privfed.errors import ConfigError, ProtocolError, ThresholdError
+from privfed.secagg import ClientSession, Identity, Requirements, ServerSession, SessionParams
 from privfed.types import Encoded, EncodedSum
 
 # weights travel as integers of this resolution beside the values, so that their sum is masked too
@@ -44,6 +44,10 @@ class Link(Protocol):
 
     def send(self, client_id: str, encoded: Encoded, weight: float) -> None:
         """Carry one client's update to the server."""
+
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """Whose vectors the server has: the survivors of ``close``, if it succeeds."""
 
     def close(self) -> Collected:
         """End the round and return the sum over the survivors."""
@@ -75,6 +79,11 @@ class PlainLink:
     def send(self, client_id: str, encoded: Encoded, weight: float) -> None:
         """Serialise on the client's side, count the bytes, add on the server's."""
         self._receive(to_bytes(encoded, client_id=client_id, weight=weight))
+
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """Whose vectors were received."""
+        return tuple(self._survivors)
 
     def close(self) -> Collected:
         """Return the sum of the values received."""
@@ -118,39 +127,44 @@ class MaskedLink:
     """Secure aggregation: the server gets masked vectors and learns their sum only.
 
     Args:
-        clients: The round's cohort, at least two.
+        identities: The round's cohort, at least two: client to its signing key. In one process the link is the
+            client's side as well, so it has the private halves; the server is given the public ones only.
+        requirements: What the session has to stand.
         round_id: Unique for the round; bound into every message.
         config_digest: Bound into every message.
         codec: Name of the codec.
         length: D.
         weighted: Whether a masked weight travels beside the values.
-        threshold: Share of the cohort that must survive.
         ring_bits: Size of the ring.
+
+    Raises:
+        ConfigError: If no session of this cohort meets the requirements.
     """
 
     def __init__(
         self,
-        clients: Sequence[str],
+        identities: Mapping[str, Identity],
         *,
+        requirements: Requirements,
         round_id: bytes,
         config_digest: bytes,
         codec: str,
         length: int,
         weighted: bool,
-        threshold: float,
         ring_bits: int,
     ) -> None:
-        params = SessionParams(
+        self._digits = _WeightDigits(len(identities), ring_bits) if weighted else None
+        params = SessionParams.plan(
+            {client: identity.public for client, identity in identities.items()},
+            requirements,
             round_id=round_id,
             config_digest=config_digest,
-            clients=tuple(clients),
-            threshold=default_threshold(len(clients), threshold),
-            length=length + weighted,
+            length=length + (self._digits.count if self._digits else 0),
             ring_bits=ring_bits,
         )
         self._server = ServerSession(params)
-        self._clients = {client: ClientSession(params, client) for client in clients}
-        self._codec, self._length, self._weighted = codec, length, weighted
+        self._clients = {client: ClientSession(params, client, one) for client, one in identities.items()}
+        self._codec, self._length = codec, length
         self._shares: dict[str, bytes] = {}
         self._sent: list[str] = []
         self._scale = 1.0
@@ -160,39 +174,46 @@ class MaskedLink:
         """Exchange keys and sealed shares between all clients, through the server."""
         for session in self._clients.values():
             self._server.receive_advertise(self._counted(session.advertise()))
-        roster = self._server.roster()
-        for session in self._clients.values():
-            self._down += len(roster)
+        for client, session in self._clients.items():
+            roster = self._fetched(self._server.roster_for(client))
             self._server.receive_share(self._counted(session.share(roster)))
         for client in self._clients:
-            self._shares[client] = self._server.shares_for(client)
-            self._down += len(self._shares[client])
+            self._shares[client] = self._fetched(self._server.shares_for(client))
 
     def send(self, client_id: str, encoded: Encoded, weight: float) -> None:
         """Mask on the client's side; the server adds the masked vector on arrival."""
         values_M = encoded.values_M.astype(np.uint32, copy=False)
-        if self._weighted:
-            values_M = np.append(values_M, np.uint32(round(weight * WEIGHT_STEPS)))
+        if self._digits:
+            values_M = np.append(values_M, self._digits.split(weight))
         self._scale = encoded.scale
         message = self._clients[client_id].masked_input(self._shares[client_id], values_M)
         self._server.receive_masked(self._counted(message))
         self._sent.append(client_id)
 
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """Whose masked vectors were received; nothing is unmasked yet."""
+        return tuple(self._sent)
+
     def close(self) -> Collected:
         """Unmask the sum over the survivors.
 
         Raises:
-            ThresholdError: If fewer survived than the threshold; nothing is revealed then.
+            ThresholdError: If fewer survived than ``n_min``; nothing is revealed then.
         """
-        survivors = self._server.survivors()
         for client in self._sent:
-            self._down += len(survivors)
-            self._server.receive_unmask(self._counted(self._clients[client].unmask(survivors)))
+            survivors = self._fetched(self._server.survivors_for(client))
+            self._server.receive_agree(self._counted(self._clients[client].agree(survivors)))
+        for client in self._sent:
+            agreement = self._fetched(self._server.agreement_for(client))
+            self._server.receive_unmask(self._counted(self._clients[client].unmask(agreement)))
+        if not self._sent:
+            raise ThresholdError("No client sent a masked vector; there is nothing to unmask.")
         sum_M, names = self._server.sum()
         weight = float(len(names))
-        if self._weighted:
-            weight = float(sum_M[-1]) / WEIGHT_STEPS
-            sum_M = sum_M[:-1]
+        if self._digits:
+            weight = self._digits.join(sum_M[self._length :])
+            sum_M = sum_M[: self._length]
         total = EncodedSum(
             sum_M=sum_M.astype(np.uint64),
             codec=self._codec,
@@ -206,3 +227,28 @@ class MaskedLink:
     def _counted(self, message: bytes) -> bytes:
         self._up += len(message)
         return message
+
+    def _fetched(self, message: bytes) -> bytes:
+        self._down += len(message)
+        return message
+
+
+class _WeightDigits:
+    """A weight as values of the ring: digits so short that those of all clients add up without wrapping."""
+
+    def __init__(self, clients: int, ring_bits: int) -> None:
+        self._bits = ring_bits - clients.bit_length()
+        if self._bits < 1:
+            raise ConfigError(
+                f"A ring of {ring_bits} bits cannot sum the weights of {clients} clients: raise ring_bits."
+            )
+        self.count = -(-WEIGHT_STEPS.bit_length() // self._bits)
+
+    def split(self, weight: float) -> NDArray[np.uint32]:
+        """Return a weight of at most 1 as digits, the lowest first."""
+        steps, low = round(weight * WEIGHT_STEPS), (1 << self._bits) - 1
+        return np.array([steps >> (place * self._bits) & low for place in range(self.count)], dtype=np.uint32)
+
+    def join(self, sums: NDArray[np.uint32]) -> float:
+        """Return the sum of the weights from the sums of their digits."""
+        return sum(int(digit) << (place * self._bits) for place, digit in enumerate(sums)) / WEIGHT_STEPS

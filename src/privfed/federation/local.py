@@ -26,17 +26,20 @@ from privfed.privacy.per_example import PerExampleModel
 from privfed.rng import PrivateStream
 from privfed.schedule import ClientConfig
 from privfed.tuning.layout import read_flat, trained, write_flat
-from privfed.types import Float32, Shard
+from privfed.types import Float32, ParamLayout, Shard
 
 StepDone = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExampleDp:
-    """Example-level DP-SGD: the clip and the noise multiplier."""
+    """Example-level DP-SGD: the clip and the noise multiplier; None where the noise is added to the sum of all clients.
+
+    Then there is nothing to step with, and only ``LocalTrainer.gradient_sum`` works.
+    """
 
     l2_clip_norm: float
-    noise_multiplier: float
+    noise_multiplier: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,36 @@ class LocalTrainer:
         if not np.isfinite(delta_D).all():
             raise ClientError("The local update is not finite (NaN or infinity): lower client.learning_rate.")
         return delta_D
+
+    def gradient_sum(
+        self, params_D: Float32, shard: Shard, stream: PrivateStream, on_step: StepDone
+    ) -> NDArray[np.float64]:
+        """Return the sum of clipped per-example gradients [D] at ``params_D`` over one Poisson batch, *without noise*.
+
+        One example adds a vector of norm at most ``l2_clip_norm``; whoever sends the sum on has to hide it.
+
+        Args:
+            params_D: The parameters.
+            shard: The client's rows.
+            stream: The client's private stream of this round: the batch is drawn from it.
+            on_step: Told (1, 1) at the end.
+
+        Raises:
+            ClientError: If a gradient is not finite, or the trainer has no clip.
+            DeadlineError: If it takes longer than ``deadline_s``.
+        """
+        write_flat(self.module, params_D)
+        self.module.train()
+        with deadline(self.config.deadline_s):
+            sums = self._clipped_sums(next(self._batches(shard, stream)))
+            on_step(1, 1)
+        return np.concatenate([sums[name] for name, _ in trained(self.module)])
+
+    def rates(self, layout: ParamLayout) -> NDArray[np.float64]:
+        """Return the learning rate of each value of ``layout`` [D]."""
+        head = self.config.head_learning_rate or self.config.learning_rate
+        rates = [head if in_head(name, self._head_prefix) else self.config.learning_rate for name in layout.names]
+        return np.repeat(np.array(rates, dtype=np.float64), layout.sizes)
 
     def _steps(self, shard: Shard, stream: PrivateStream, on_step: StepDone, nudge: Callable[[], None]) -> None:
         optimizer = self._optimizer()
@@ -210,6 +243,26 @@ class LocalTrainer:
 
         An empty batch never meets the model: its gradient is noise alone, and the step is taken and counted.
         """
+        if self.dp is None or self.dp.noise_multiplier is None:
+            raise ClientError("This trainer has no noise of its own to step with.")
+        sum_D, parameters = self._clipped_sum(rows)
+        noised_D = privatise_sum(
+            sum_D.numpy(),
+            standard_deviation=self.dp.noise_multiplier * self.dp.l2_clip_norm,
+            stream=stream,
+            sensitivity=self.dp.l2_clip_norm,
+        )
+        self._set_gradient(noised_D / expected_batch, parameters)
+
+    def _clipped_sums(self, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        """Return the sum of clipped gradients by the tensor's name, flat."""
+        sum_D, parameters = self._clipped_sum(rows)
+        parts = torch.split(sum_D, [p.numel() for p in parameters])
+        by_tensor = {id(p): part.numpy() for p, part in zip(parameters, parts, strict=True)}
+        return {name: by_tensor[id(p)] for name, p in trained(self.module)}
+
+    def _clipped_sum(self, rows: NDArray[np.int64]) -> tuple[torch.Tensor, list[nn.Parameter]]:
+        """Return the sum of the rows' clipped gradients, in float64, and the parameters in its order."""
         if self.dp is None:
             raise ClientError("This trainer has no privacy settings.")
         if self._per_example is None:
@@ -225,13 +278,7 @@ class LocalTrainer:
                 self.dp.l2_clip_norm,
                 into_D=sum_D,
             )
-        noised_D = privatise_sum(
-            sum_D.numpy(),
-            standard_deviation=self.dp.noise_multiplier * self.dp.l2_clip_norm,
-            stream=stream,
-            sensitivity=self.dp.l2_clip_norm,
-        )
-        self._set_gradient(noised_D / expected_batch, parameters)
+        return sum_D, parameters
 
     @staticmethod
     def _set_gradient(mean_D: NDArray[np.float64], parameters: list[nn.Parameter]) -> None:

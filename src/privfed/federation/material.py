@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,13 +78,18 @@ def gather(config: RunConfig) -> Material:
     return Material(dataset=dataset, shards=shards, partition_digest=_partition_digest(shards), notes=tuple(notes))
 
 
-def plans(config: RunConfig, material: Material) -> list[PhasePlan]:
-    """Return the run's phases over its clients, as the accountant needs them."""
-    return phase_plans(config, {shard.client_id: len(shard) for shard in material.shards})
+def plans(config: RunConfig, material: Material, lengths: Mapping[str, int] | None = None) -> list[PhasePlan]:
+    """Return the run's phases over its clients, as the accountant needs them; ``lengths`` as in ``phase_plans``."""
+    return phase_plans(config, {shard.client_id: len(shard) for shard in material.shards}, lengths)
 
 
-def plan_privacy(config: RunConfig, material: Material) -> Plan | None:
+def plan_privacy(config: RunConfig, material: Material, lengths: Mapping[str, int] | None = None) -> Plan | None:
     """Return what the run will cost, or None for a run without privacy.
+
+    Args:
+        config: The run.
+        material: Its data.
+        lengths: Values that a client sends, by phase; needed with distributed noise only.
 
     Warns:
         UserWarning: If delta is at least one over the number of protected units: it then promises nothing.
@@ -98,7 +104,7 @@ def plan_privacy(config: RunConfig, material: Material) -> Plan | None:
             stacklevel=2,
         )
     masked = config.secagg.name == "masked"
-    return make_plan(config.privacy, plans(config, material), masked=masked)
+    return make_plan(config.privacy, plans(config, material, lengths), masked=masked)
 
 
 def _check_batches(config: RunConfig, shards: tuple[Shard, ...]) -> None:

@@ -184,7 +184,7 @@ def make_meter(sharing: Sharing, codec: Codec, trainer: LocalTrainer, central: f
 
 def _deviation(trainer: LocalTrainer) -> Deviation | None:
     dp, config = trainer.dp, trainer.config
-    if dp is None:
+    if dp is None or dp.noise_multiplier is None:
         return None
     if config.optimizer != "sgd" or config.momentum or config.weight_decay:
         return lambda _size: None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from privfed.config import RunConfig
-from privfed.privacy.plan import PhasePlan
+from privfed.privacy.plan import PhasePlan, Sums
 from privfed.schedule import ClientConfig, ServerConfig
 
 WARM_START, TRAIN = "warm_start", "train"
+_DEVIATIONS = 8.0
 
 
 def phases(config: RunConfig) -> list[tuple[str, ClientConfig, ServerConfig]]:
@@ -43,11 +45,20 @@ def phases(config: RunConfig) -> list[tuple[str, ClientConfig, ServerConfig]]:
     return [(WARM_START, client, server), main]
 
 
-def phase_plans(config: RunConfig, sizes: Mapping[str, int]) -> list[PhasePlan]:
-    """Return the phases of a run over clients of these sizes, as the accountant needs them."""
+def phase_plans(
+    config: RunConfig, sizes: Mapping[str, int], lengths: Mapping[str, int] | None = None
+) -> list[PhasePlan]:
+    """Return the phases of a run over clients of these sizes, as the accountant needs them.
+
+    Args:
+        config: The run.
+        sizes: Examples of each client.
+        lengths: Values that a client sends, by phase; distributed noise cannot be planned without.
+    """
     cohort = config.server.cohort_size or len(sizes)
     plans = []
     for name, client, server in phases(config):
+        probabilities = {c: client.probability(n) for c, n in sizes.items()}
         plans.append(
             PhasePlan(
                 name=name,
@@ -56,7 +67,32 @@ def phase_plans(config: RunConfig, sizes: Mapping[str, int]) -> list[PhasePlan]:
                 clients=len(sizes),
                 local_steps=client.local_steps,
                 noise_scale=config.head_warm_start.noise_scale if name == WARM_START else 1.0,
-                probabilities={c: client.probability(n) for c, n in sizes.items()},
+                probabilities=probabilities,
+                sums=_sums(config, cohort, lengths[name], _most_examples(probabilities, sizes)) if lengths else None,
             )
         )
     return plans
+
+
+def _sums(config: RunConfig, cohort: int, length: int, most: float) -> Sums:
+    ring = config.secagg.ring_bits
+    return Sums(
+        length=length,
+        n_min=config.secagg.requirements().least_survivors(cohort),
+        corrupt=config.secagg.corrupt,
+        ring_bits=None if ring == "auto" else ring,
+        most_examples=most,
+    )
+
+
+def _most_examples(probabilities: Mapping[str, float], sizes: Mapping[str, int]) -> float:
+    """Return how many examples no client's Poisson sample passes, but for 8 standard deviations.
+
+    A larger sample is projected, which costs no privacy.
+    """
+
+    def most(client: str) -> float:
+        q, size = probabilities[client], sizes[client]
+        return min(float(size), q * size + _DEVIATIONS * math.sqrt(q * (1 - q) * size) + 1)
+
+    return max(1.0, *map(most, probabilities))

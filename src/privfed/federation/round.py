@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.compression import Codec
-from privfed.errors import BudgetExceededError, LedgerError, ThresholdError
+from privfed.errors import BudgetExceededError, ConfigError, LedgerError, ThresholdError
 from privfed.federation.client import Broadcast, Client, Holder
 from privfed.federation.cohort import balanced_cohort, poisson_cohort
 from privfed.federation.collect import Collected, Link, MaskedLink, PlainLink
+from privfed.federation.distributed import Shares
 from privfed.federation.meter import Meter, MeterReading
 from privfed.federation.personal import PersonalStore
 from privfed.federation.progress import Progress
@@ -26,9 +27,8 @@ from privfed.federation.state import ServerState, rule_step, server_step, variat
 from privfed.privacy.mechanisms import AtWork, Memory, Moment, Release, Terms
 from privfed.privacy.plan import PhasePlan
 from privfed.schedule import ServerConfig
-from privfed.types import EncodedSum, ParamLayout
-
-RING_BITS = 32
+from privfed.secagg import Identity, Requirements
+from privfed.types import ParamLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,12 @@ class Phase:
     """Everything one phase of a run needs, fixed over its rounds.
 
     Attributes:
+        masked: Whether updates are summed by secure aggregation.
+        requirements: What a masked sum has to stand.
+        ring_bits: The ring that a masked sum is taken in.
+        identities: The clients' signing keys, whose public halves are the roster that every round pins.
         central: The mechanism of client-level privacy, at a trusted server, or None.
+        shares: Noise that clients add in shares, or None.
     """
 
     plan: PhasePlan
@@ -47,12 +52,15 @@ class Phase:
     sharing: Sharing
     store: PersonalStore | None
     masked: bool
-    threshold: float
+    requirements: Requirements
+    ring_bits: int
+    identities: Mapping[str, Identity]
     weighted: bool
     central: AtWork | None
     meter: Callable[[], Meter] | None
     seed: int
     config_digest: str
+    shares: Shares | None = None
 
     @property
     def layout(self) -> ParamLayout:
@@ -61,6 +69,8 @@ class Phase:
 
     def message_size(self, round_number: int) -> int:
         """Return M: the values sent in a round, and what the mechanism sends behind them."""
+        if self.shares is not None:
+            return self.shares.params.encoded_length
         return self.sharing.part(round_number).sent.size + (self.central.extra if self.central else 0)
 
 
@@ -126,7 +136,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
     ).to_bytes()
     tally = _Tally(meter=phase.meter() if phase.meter else None)
     collected, lost = _exchange(cohort, broadcast, state, phase, holder, progress, tally)
-    release = _release(collected.total, phase, holder, state.mechanism, number, broadcast, lost)
+    release = _release(collected, phase, holder, state.mechanism, number, broadcast, lost)
     mean_M = release.mean_D
     after = _advance(replace(state, mechanism=release.memory), mean_M, collected, phase)
     if phase.central is None:  # whom Poisson sampling chose is nobody's business, and nothing depends on it
@@ -147,7 +157,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         bytes_up=collected.bytes_up,
         bytes_down=collected.bytes_down + len(broadcast) * len(cohort),
         update_norm=0.0 if mean_M is None else float(np.linalg.norm(mean_M)),
-        saturated=None if phase.central else tally.saturated,
+        saturated=None if phase.central or phase.shares else tally.saturated,
         meter=tally.meter.read(number) if tally.meter and not release.lost else None,
         terms=terms,
     )
@@ -177,11 +187,18 @@ def _exchange(
     nothing = Collected(total=None, survivors=(), bytes_up=0, bytes_down=0)
     if not cohort or (phase.masked and len(cohort) < 2):
         return nothing, None if phase.central else "fewer than two clients for a masked sum"
-    link = _link(cohort, state.round + 1, phase, holder)
+    try:
+        link = _link(cohort, state.round + 1, phase, holder)
+    except ConfigError as error:  # a cohort drawn at random can be too small for secagg.n_min
+        return nothing, str(error)
     with _timed(tally):
         link.open()
     for client_id in cohort:
         _serve(link, phase.clients[client_id], broadcast, state, progress, tally)
+    if phase.shares is not None:
+        refusal = phase.shares.refusal(link.sent, broadcast, state.round + 1, holder)
+        if refusal is not None:
+            return nothing, refusal
     try:
         with _timed(tally):
             collected = link.close()
@@ -199,14 +216,14 @@ def _link(cohort: tuple[str, ...], number: int, phase: Phase, holder: Holder) ->
     # a fresh nonce: keys of a round that a crash cut short never meet those of its repetition
     label = f"{holder.run_id}/{phase.plan.name}/{number}/{time.time_ns()}"
     return MaskedLink(
-        cohort,
+        {client: phase.identities[client] for client in cohort},
+        requirements=phase.requirements,
         round_id=hashlib.sha256(label.encode()).digest(),
         config_digest=bytes.fromhex(phase.config_digest),
         codec=phase.codec_name,
         length=length,
         weighted=phase.weighted,
-        threshold=phase.threshold,
-        ring_bits=RING_BITS,
+        ring_bits=phase.ring_bits,
     )
 
 
@@ -229,14 +246,15 @@ def _serve(link: Link, client: Client, broadcast: bytes, state: ServerState, pro
         raise
     except Exception as error:  # noqa: BLE001  (any failure of one client must cost the round only that client)
         # under client level a message could carry a figure of the protected client: its kind has to do
-        reason = type(error).__name__ if client.mechanism is not None else f"{type(error).__name__}: {error}"
+        guarded = client.mechanism is not None or client.shares is not None
+        reason = type(error).__name__ if guarded else f"{type(error).__name__}: {error}"
         tally.dropped.append((client_id, reason))
         progress.client_dropped(client_id, reason)
     progress.client_done(client_id)
 
 
 def _release(
-    total: EncodedSum | None,
+    collected: Collected,
     phase: Phase,
     holder: Holder,
     memory: Memory,
@@ -245,6 +263,10 @@ def _release(
     lost: str | None,
 ) -> Release:
     """Return the round's averaged update; under client level noised, charged, and over a public denominator."""
+    total = collected.total
+    if phase.shares is not None:  # the clients charged, and the sum has its noise in it
+        public = None if lost or total is None else (total, collected.survivors, holder.run_id, number)
+        return Release(mean_D=phase.shares.update(*public) if public else None, memory=memory, lost=lost)
     sum_M = np.zeros(phase.message_size(number)) if total is None else phase.codec.decode_sum(total)
     if phase.central is None:
         return Release(mean_D=None if lost or total is None else sum_M / total.total_weight, memory=memory, lost=lost)

@@ -15,26 +15,29 @@ from privfed.config import RunConfig, largest_clip
 from privfed.data import AnySplit
 from privfed.errors import ConfigError, ModelError
 from privfed.federation.client import Client, Holder
+from privfed.federation.distributed import Shares
 from privfed.federation.fairness import Fairness, make_fairness
 from privfed.federation.local import ExampleDp, LocalTrainer, in_head
 from privfed.federation.material import Material, plans
 from privfed.federation.meter import make_meter
 from privfed.federation.pairs import check_pairs, find_pairs
 from privfed.federation.personal import PersonalStore
-from privfed.federation.phases import TRAIN, phases
+from privfed.federation.phases import TRAIN, WARM_START, phases
 from privfed.federation.roster import Roster
-from privfed.federation.round import RING_BITS, Phase
+from privfed.federation.round import Phase
 from privfed.federation.sharing import Sharing, share_out
 from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples, head_features
 from privfed.models.loading import LoadedModel, load_model
 from privfed.models.prefix import attach, find_prefix
 from privfed.models.tasks import build_examples
+from privfed.privacy.discrete.planning import discrete_params
 from privfed.privacy.mechanisms import AtWork, Site, built
 from privfed.privacy.mechanisms.gaussian import GaussianAtWork
 from privfed.privacy.plan import PhasePlan, Plan
 from privfed.rng import experiment_seed
 from privfed.rules import RULES
 from privfed.schedule import ClientConfig, ServerConfig
+from privfed.secagg import Identity
 from privfed.tuning import TUNINGS, TunedModel
 from privfed.tuning.layout import layout_of
 from privfed.types import PrivacyEvent, Shard
@@ -75,10 +78,7 @@ def build(config: RunConfig, material: Material, progress: Progress) -> Workbenc
     Raises:
         ModelError: If the model or the tuning does not fit.
     """
-    seed = experiment_seed(config.seed, "init") % (1 << 31)
-    loaded = load_model(config.model, label_names=material.dataset.label_names, seed=seed)
-    tuning = TUNINGS.get(str(getattr(config.tuning, "name", None)))
-    tuned = tuning.apply(loaded, config.tuning, seed)
+    loaded, tuned = load_tuned(config, material)
 
     def examples(split: AnySplit) -> ModelExamples:
         return build_examples(split, material.dataset.kind, loaded, config.model)
@@ -92,6 +92,18 @@ def build(config: RunConfig, material: Material, progress: Progress) -> Workbenc
     if config.model.dropout == 0.0 and not config.model.gradient_checkpointing:  # which is to save memory, not time
         _cache_frozen(bench, config.model.cache_frozen_gib, progress)
     return bench
+
+
+def load_tuned(config: RunConfig, material: Material) -> tuple[LoadedModel, TunedModel]:
+    """Load the model and apply the tuning.
+
+    Raises:
+        ModelError: If the model or the tuning does not fit.
+    """
+    seed = experiment_seed(config.seed, "init") % (1 << 31)
+    loaded = load_model(config.model, label_names=material.dataset.label_names, seed=seed)
+    tuning = TUNINGS.get(str(getattr(config.tuning, "name", None)))
+    return loaded, tuning.apply(loaded, config.tuning, seed)
 
 
 def make_stages(
@@ -120,13 +132,16 @@ def make_stages(
         ModelError: If the model does not fit the rule or the warm start.
     """
     stages = {}
-    for (name, client, server), phase_plan in zip(phases(config), plans(config, material), strict=True):
+    counted = trained_lengths(config, bench.tuned) if config.privacy.is_distributed else None
+    for (name, client, server), phase_plan in zip(phases(config), plans(config, material, counted), strict=True):
         module, train, test, prefix = _module(config, bench, name, progress)
         dp = None
         if plan is not None and config.privacy.unit == "example":
             dp = ExampleDp(
                 l2_clip_norm=config.privacy.l2_clip_norm,
-                noise_multiplier=plan.noise_multiplier * phase_plan.noise_scale,
+                noise_multiplier=None
+                if config.privacy.is_distributed
+                else plan.noise_multiplier * phase_plan.noise_scale,
             )
         sharing = _sharing(config, module, prefix, client, server)
         trainer = LocalTrainer(module, prefix, train, client, dp)
@@ -134,6 +149,14 @@ def make_stages(
         fairness = _fairness(config, material) if name == TRAIN else None
         stages[name] = Stage(module=module, train=train, test=test, trainer=trainer, phase=phase, fairness=fairness)
     return stages
+
+
+def trained_lengths(config: RunConfig, tuned: TunedModel) -> dict[str, int]:
+    """Return how many values a client sends in each phase, where all that is trained is sent."""
+    lengths = {name: layout_of(tuned.model).size for name, _, _ in phases(config)}
+    if WARM_START in lengths:
+        lengths[WARM_START] = layout_of(trained_head(tuned)).size
+    return lengths
 
 
 def _fairness(config: RunConfig, material: Material) -> Fairness | None:
@@ -253,11 +276,15 @@ def _phase(
     own: Path | None,
 ) -> Phase:
     masked = config.secagg.name == "masked"
+    if masked and config.privacy.placed != "central":  # a cohort drawn at random is looked at when it is drawn
+        config.secagg.requirements().least_survivors(phase_plan.cohort_size)
     plugin = CODECS.get(str(getattr(config.compression, "name", None)))
-    most = phase_plan.clients if config.privacy.unit == "client" else phase_plan.cohort_size
-    codec = plugin.build(config.compression, Ring(bits=RING_BITS, clients=most) if masked else None)
+    most = phase_plan.clients if config.privacy.placed == "central" else phase_plan.cohort_size
+    ring_bits = config.ring_bits(most)
+    codec = plugin.build(config.compression, Ring(bits=ring_bits, clients=most) if masked else None)
     largest = max(len(shard) for shard in material.shards)
     central = _central(config, phase_plan, plan, codec, sharing.largest(phase_plan.rounds))
+    shares = _shares(config, material, phase_plan, plan, sharing, trainer)
     store = _store(sharing, own)
 
     def client(shard: Shard) -> Client:
@@ -269,6 +296,7 @@ def _phase(
             sharing=sharing,
             store=store,
             event=_participation(config, phase_plan, shard.client_id, plan),
+            shares=shares,
             mechanism=central,
             weight=_weight(len(shard), largest) if config.server.weighting == "examples" else 1.0,
         )
@@ -282,9 +310,12 @@ def _phase(
         sharing=sharing,
         store=store,
         masked=masked,
-        threshold=config.secagg.threshold,
+        requirements=config.secagg.requirements(),
+        ring_bits=shares.params.ring_bits if shares else ring_bits,
+        identities=_identities(material, holder) if masked else {},
         weighted=config.server.weighting == "examples",
         central=central,
+        shares=shares,
         meter=make_meter(sharing, codec, trainer, _noise(central, phase_plan)) if server.meter else None,
         seed=config.seed,
         config_digest=config.digest(),
@@ -314,14 +345,23 @@ def _store(sharing: Sharing, own: Path | None) -> PersonalStore | None:
     return PersonalStore(own)
 
 
+def _identities(material: Material, holder: Holder) -> dict[str, Identity]:
+    """Return the signing keys that the holder gives its clients for this run; a resumed run has the same."""
+    names = [shard.client_id for shard in material.shards]
+    return {name: Identity.from_seed(holder.stream("identity", name).bytes(32)) for name in names}
+
+
 def _weight(size: int, largest: int) -> float:
     """Return n / n_max on the 16-bit grid on which weights travel, never 0."""
     return max(1, round(size / largest * (1 << 16))) / (1 << 16)
 
 
 def _participation(config: RunConfig, phase: PhasePlan, client: str, plan: Plan | None) -> PrivacyEvent | None:
-    if plan is None or config.privacy.unit != "example":
+    if plan is None or config.privacy.placed == "central":
         return None
+    if config.privacy.is_distributed:
+        of_phase = [name for name, _, _ in phases(config)].index(phase.name)
+        return plan.events_by_client[client][of_phase].one_step()
     return PrivacyEvent(
         unit="example",
         noise_multiplier=plan.noise_multiplier * phase.noise_scale,
@@ -340,7 +380,7 @@ def _central(config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Code
     Raises:
         ConfigError: If the codec gives no bound.
     """
-    if plan is None or config.privacy.unit != "client":
+    if plan is None or config.privacy.placed != "central":
         return None
     name = getattr(config.compression, "name", None)
 
@@ -364,6 +404,34 @@ def _central(config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Code
         seed=config.seed,
     )
     return built(config.privacy.mechanism).at_work(site)
+
+
+def _shares(
+    config: RunConfig,
+    material: Material,
+    phase: PhasePlan,
+    plan: Plan | None,
+    sharing: Sharing,
+    trainer: LocalTrainer,
+) -> Shares | None:
+    """Return the noise that clients add in shares.
+
+    Raises:
+        ConfigError: If the phase sends another number of values than was planned for.
+    """
+    if plan is None or not config.privacy.is_distributed:
+        return None
+    params = discrete_params(config.privacy, phase, plan.noise_multiplier)
+    if params.length != sharing.layout.size:
+        raise ConfigError(f"Phase {phase.name} sends {sharing.layout.size} values and was planned for {params.length}.")
+    by_example = config.privacy.unit == "example"
+    return Shares(
+        params=params,
+        privacy=config.privacy,
+        phase=phase.name,
+        rates_D=trainer.rates(sharing.layout) if by_example else None,
+        batches={s.client_id: trainer.config.expected_batch(len(s)) for s in material.shards} if by_example else {},
+    )
 
 
 def set_deterministic() -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from privfed.errors import ConfigError
+from privfed.privacy.discrete import LAWS
 from privfed.types import PrivacyEvent
 
 Events = Sequence[PrivacyEvent]
@@ -67,6 +68,8 @@ def epsilon(events: Events, delta: float, *, accountant: Accountant = "pld", fin
         return 0.0
     if any(event.noise_multiplier == 0 for event in merged_events):
         return math.inf
+    if _integer(merged_events):
+        return _integer_epsilon(merged_events, delta)
     return _read_epsilon(_composed(merged_events, accountant, fine), delta)
 
 
@@ -83,6 +86,10 @@ def delta_for(events: Events, epsilon_value: float, *, accountant: Accountant = 
         return 0.0
     if any(event.noise_multiplier == 0 for event in merged_events):
         return 1.0
+    if _integer(merged_events):
+        from privfed.privacy.discrete import events as discrete
+
+        return discrete.delta_for(merged_events, epsilon_value)
     return min(1.0, float(_composed(merged_events, accountant, fine).get_delta(epsilon_value)))
 
 
@@ -99,6 +106,8 @@ def epsilon_curve(
     merged_events = _checked(events)
     if not merged_events or any(event.noise_multiplier == 0 for event in merged_events):
         return [(delta, math.inf if merged_events else 0.0) for delta in deltas]
+    if _integer(merged_events):
+        return [(delta, _integer_epsilon(merged_events, delta)) for delta in deltas]
     composed = _composed(merged_events, accountant, fine)
     return [(delta, _read_epsilon(composed, delta)) for delta in deltas]
 
@@ -116,7 +125,10 @@ def gaussian_mu(events: Events) -> GaussianMu | None:
         ConfigError: If a value is out of range or units or relations are mixed.
     """
     total, exact = 0.0, True
-    for event in _checked(events):
+    checked = _checked(events)
+    if _integer(checked):
+        return None
+    for event in checked:
         if event.noise_multiplier == 0:
             return None
         precision = event.noise_multiplier**-2
@@ -158,7 +170,8 @@ def dominating(events_by_client: Mapping[str, Events]) -> tuple[PrivacyEvent, ..
     jointly convex; (b) a smaller sigma: adding noise is post-processing; (c) more steps: dropping outputs is
     post-processing; and composition keeps domination (Zhu, Dong and Wang 2022, Theorem 10). Two orders are
     tried, by noise multiplier and by strength, and the cheaper result kept. It is exact where one client's
-    list is at least as large as the others' in every respect. The result is in plain Gaussian steps.
+    list is at least as large as the others' in every respect. The result is in plain Gaussian steps, and
+    integer noise of which only the sampling probabilities were compared.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -183,7 +196,11 @@ def check_delta(delta: float) -> None:
 
 def check_event(event: PrivacyEvent) -> None:
     """Raise ``ConfigError`` unless the accountants know the event's mechanism and its values are in range."""
-    if event.mechanism != "gaussian" or event.parameters:
+    if event.mechanism in LAWS:
+        from privfed.privacy.discrete.events import check
+
+        check(event)
+    elif event.mechanism != "gaussian" or event.parameters:
         _check_mechanism(event)
     if event.unit not in ("example", "client"):
         raise ConfigError(f"Expected the unit 'example' or 'client', got {event.unit!r}.")
@@ -220,7 +237,9 @@ def interval(events: Events, *, fine: bool = False) -> float:
 
 
 def plain(event: PrivacyEvent) -> PrivacyEvent:
-    """Return the Poisson-sampled Gaussian steps that dominate ``event``, whatever its mechanism."""
+    """Return the Poisson-sampled Gaussian steps that dominate ``event``; integer noise has none, and stays itself."""
+    if event.mechanism in LAWS:
+        return event
     return replace(event, mechanism="gaussian", parameters=())
 
 
@@ -290,8 +309,21 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "_compute_log_a_frac failed to converge" not in str(record.msg)
 
 
+def _integer(events: Events) -> bool:
+    """Return whether any event has integer noise, which is composed by Renyi divergences whichever accountant asks."""
+    return any(event.mechanism in LAWS for event in events)
+
+
+def _integer_epsilon(events: Events, delta: float) -> float:
+    from privfed.privacy.discrete import events as discrete
+
+    return discrete.epsilon(events, delta)
+
+
 def _family(event: PrivacyEvent) -> tuple[str, str, str]:
-    return (event.mechanism, event.unit, event.relation)
+    """Return what must be equal for one event to dominate another; integer noise only ever its own kind."""
+    kind = f"{event.mechanism}{event.parameters}" if event.mechanism in LAWS else event.mechanism
+    return (kind, event.unit, event.relation)
 
 
 def _strength(event: PrivacyEvent) -> float:

@@ -19,6 +19,25 @@ LOST_ROUNDS_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """What distributed noise has to know of a phase's masked sums.
+
+    Attributes:
+        length: D, the values that each client sends.
+        n_min: Fewest survivors of a cohort whose sum is revealed.
+        corrupt: Share of the cohort whose noise counts for nothing.
+        ring_bits: The ring that was asked for, or None for the smallest that will do.
+        most_examples: So many examples a client's batch hardly ever passes.
+    """
+
+    length: int
+    n_min: int
+    corrupt: float
+    ring_bits: int | None
+    most_examples: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PhasePlan:
     """One phase of a run, as the accountant needs it.
 
@@ -30,6 +49,7 @@ class PhasePlan:
         local_steps: Steps a client takes each time it takes part.
         probabilities: Each client's sampling probability of one example.
         noise_scale: The phase's noise multiplier over the run's.
+        sums: What distributed noise needs besides; None without it.
     """
 
     name: str
@@ -39,6 +59,7 @@ class PhasePlan:
     local_steps: int
     probabilities: Mapping[str, float]
     noise_scale: float = 1.0
+    sums: Sums | None = None
 
     @property
     def participations(self) -> int:
@@ -82,13 +103,18 @@ def make_plan(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bo
 
     Under example level a client takes part in at most ``participations`` rounds and is charged each of its local
     steps as one Poisson-sampled Gaussian; the server knows who takes part, so client sampling amplifies nothing.
-    Under client level the mechanism says what a phase does to a client (``privfed.privacy.mechanisms``).
+    Under client level the mechanism says what a phase does to a client (``privfed.privacy.mechanisms``). Noise that
+    clients add in shares is planned by ``privfed.privacy.discrete.planning``.
 
     Raises:
         ConfigError: If no noise reaches the target, or rounds are too small to mask under client level.
     """
     if privacy.unit == "none":
         raise ConfigError('A run with privacy.unit = "none" has nothing to plan.')
+    if privacy.is_distributed:
+        from privfed.privacy.discrete.planning import make_discrete_plan  # it plans with this module's types
+
+        return make_discrete_plan(privacy, phases)
     lost = _lost_rounds(privacy, phases, masked=masked)
     delta = privacy.target_delta - lost
     stages = _worst_stages(privacy, phases)
@@ -126,6 +152,10 @@ def affordable_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, ma
     """
     if privacy.unit == "none" or privacy.noise_multiplier is None or privacy.target_epsilon is None:
         raise ConfigError("Rounds follow from both a noise multiplier and an epsilon: give both.")
+    if privacy.is_distributed:
+        from privfed.privacy.discrete.planning import affordable_discrete_rounds
+
+        return affordable_discrete_rounds(privacy, phases)
     *before, last = _worst_stages(privacy, phases)
     mechanism = built(privacy.mechanism)
 

@@ -43,8 +43,8 @@ def spent_so_far(
             phase = phases[index]
             steps = (
                 mechanism.steps_by(phase, done)
-                if privacy.unit == "client"
-                else phase.participations_by(done) * phase.local_steps
+                if privacy.placed == "central"
+                else phase.participations_by(done) * (1 if privacy.is_distributed else phase.local_steps)
             )
             events.append(replace(planned, steps=steps))
         value = epsilon(events, whole.delta - whole.lost_rounds_delta, accountant=privacy.accountant)

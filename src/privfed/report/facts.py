@@ -11,6 +11,7 @@ from privfed.privacy.mechanisms import built
 from privfed.privacy.noise import NOISE_DESCRIPTION
 from privfed.privacy.plan import Plan
 from privfed.report.receipt import ReceiptFacts, ViewFacts
+from privfed.report.survivors import survivors_epsilon
 from privfed.types import PrivacyEvent, View
 
 if TYPE_CHECKING:
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from privfed.privacy.ledger import Ledger
 
 CLIENT_SCORES = ("clients_mean", "clients_worst_tenth")
+INTEGER_NOISE = (
+    "integers from tables of the law's probabilities and a stream cipher's random bits; the distance to the exact "
+    "law is charged to delta"
+)
+ONE_UPDATE = (
+    "Under secure aggregation nobody sees a single client's update, and alone it has only that client's share of the "
+    "noise: this view has no guarantee of its own."
+)
 _DELTAS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
 
@@ -51,7 +60,8 @@ def receipt_facts(
     """
     privacy = config.privacy
     run_id, created = folder_id
-    events = ledger.events_of(run_id) if plan else {}
+    # records of who survived have no steps, and are nobody's cost
+    events = {client: found for client, found in ledger.events_of(run_id).items() if found} if plan else {}
     per_client = _per_client(
         events, privacy.target_delta - (plan.lost_rounds_delta if plan else 0.0), privacy.accountant
     )
@@ -77,7 +87,7 @@ def receipt_facts(
         partition_digest=material.partition_digest,
         ledger_head=ledger.head(),
         unit=privacy.unit,
-        placement="central" if privacy.unit == "client" else "local",
+        placement=privacy.placed,
         secagg=config.secagg.name == "masked",
         relation=privacy.neighboring_relation,
         accountant=privacy.accountant,
@@ -86,9 +96,15 @@ def receipt_facts(
         noise_multiplier=plan.noise_multiplier if plan else None,
         l2_clip_norm=privacy.l2_clip_norm,
         noise_source=source,
-        noise_description=NOISE_DESCRIPTION,
+        noise_description=INTEGER_NOISE if privacy.is_distributed else NOISE_DESCRIPTION,
         sampling=_sampling(config),
-        views=_views(config, plan, events.get(worst or "", ()), per_client.get(worst or "")),
+        views=_views(
+            config,
+            plan,
+            events.get(worst or "", ()),
+            per_client.get(worst or ""),
+            survivors_epsilon(ledger.entries(run_id=run_id), privacy.target_delta) if privacy.is_distributed else None,
+        ),
         per_client={} if privacy.unit == "client" else per_client,
         events=events.get(worst or "", ()),
         rounds_planned=config.server.rounds,
@@ -113,6 +129,14 @@ def _per_client(events: Mapping[str, tuple[PrivacyEvent, ...]], delta: float, ac
 
 
 def _mechanism(config: RunConfig) -> str:
+    if config.privacy.distributed is not None and config.privacy.is_distributed:
+        name = config.privacy.distributed.noise.replace("_", " ")
+        return {
+            "client": f"DP-FedAvg with distributed noise: each client adds a share of {name} noise to its clipped "
+            "update in integers, before masking",
+            "example": f"DP-SGD with distributed noise: each client adds a share of {name} noise to its "
+            "Poisson-sampled sum of clipped per-example gradients in integers, before masking",
+        }[config.privacy.unit]
     if config.privacy.unit == "client":
         return built(config.privacy.mechanism).description()
     if config.privacy.unit == "example":
@@ -122,12 +146,16 @@ def _mechanism(config: RunConfig) -> str:
 
 def _sampling(config: RunConfig) -> Literal["poisson", "scheduled", "shuffled"]:
     if config.privacy.unit == "client":
-        return built(config.privacy.mechanism).sampling
+        return "scheduled" if config.privacy.is_distributed else built(config.privacy.mechanism).sampling
     return "poisson" if config.privacy.on else "shuffled"
 
 
 def _views(
-    config: RunConfig, plan: Plan | None, worst: Sequence[PrivacyEvent], value: float | None
+    config: RunConfig,
+    plan: Plan | None,
+    worst: Sequence[PrivacyEvent],
+    value: float | None,
+    survivors: float | None,
 ) -> dict[View, ViewFacts]:
     if plan is None or value is None:
         return {}
@@ -145,7 +173,12 @@ def _views(
             mu=mu.mu if mu else None,
             mu_exact=mu.exact if mu else False,
             assumptions=assumptions,
+            epsilon_survivors=survivors,
         )
+
+    if config.privacy.is_distributed:
+        shared = view(*_distributed_assumptions(config))
+        return {"individual": ViewFacts(epsilon=None, why=ONE_UPDATE), "aggregate": shared, "release": shared}
 
     if config.privacy.unit == "client":
         trusted = "The server adds the noise and is trusted to: this view has no guarantee of its own."
@@ -174,6 +207,18 @@ def _client_assumptions(config: RunConfig, plan: Plan) -> tuple[str, ...]:
             f"{plan.lost_rounds_delta:.1g} of delta is set aside for rounds too small to be masked.",
         )
     return found
+
+
+def _distributed_assumptions(config: RunConfig) -> tuple[str, ...]:
+    found = [
+        f"At most a share of {config.secagg.corrupt:g} of a cohort adds no noise, or tells the server what it added.",
+        "epsilon holds if no more than n_min clients survive any round; epsilon_survivors is for those that did.",
+        "Whether a client takes part in a round, and whether it drops out, does not depend on its data.",
+        "Secure aggregation reveals one sum a round: the set of survivors is on record before it is unmasked.",
+    ]
+    if config.privacy.unit == "client":
+        found.append("A client that is absent stands for one that takes part with an update of zeros.")
+    return tuple(found)
 
 
 def _curve_points(

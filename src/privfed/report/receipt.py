@@ -34,6 +34,7 @@ class ViewFacts:
         mu: Parameter of the Gaussian trade-off (mu-GDP), where known.
         mu_exact: Whether ``mu`` is a theorem for this mechanism and not a fit to the curve.
         assumptions: Sentences that hold for this view only.
+        epsilon_survivors: With distributed noise, epsilon for the clients that really survived each round.
     """
 
     epsilon: float | None
@@ -42,6 +43,7 @@ class ViewFacts:
     mu: float | None = None
     mu_exact: bool = False
     assumptions: tuple[str, ...] = ()
+    epsilon_survivors: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,8 @@ class ReceiptFacts:
 
     Attributes:
         unit: What one neighbouring data set adds or removes; ``"none"`` for a run without privacy.
-        placement: Who adds the noise: each client (``"local"``) or the server (``"central"``).
+        placement: Who adds the noise: each client (``"local"``), the server (``"central"``), or each client a share
+            of that of the masked sum (``"distributed"``).
         noise_description: How the noise is drawn, as a clause, e.g. ``"float64 Gaussian"``.
         views: The promise per adversary view; a view left out has none.
         per_client: Epsilon by client, where each client keeps its own ledger.
@@ -70,7 +73,7 @@ class ReceiptFacts:
     partition_digest: str
     ledger_head: str
     unit: Literal["example", "client", "none"]
-    placement: Literal["local", "central"]
+    placement: Literal["local", "central", "distributed"]
     secagg: bool
     relation: Relation
     accountant: str
@@ -166,8 +169,10 @@ def _view(facts: ReceiptFacts, view: View, void: str | None) -> dict[str, Any]:
     if void or given is None or given.epsilon is None or not math.isfinite(given.epsilon):
         return _no_guarantee(given, void)
     curve = clean_curve((*given.curve, (given.epsilon, facts.delta)))
+    actual = given.epsilon_survivors
     return {
         "epsilon": float(given.epsilon),
+        **({} if actual is None else {"epsilon_survivors": float(actual)}),
         "delta": float(facts.delta),
         "unit": facts.unit,
         "neighboring_relation": facts.relation,
@@ -237,6 +242,7 @@ def _accountant(facts: ReceiptFacts) -> dict[str, Any]:
             amplified=amplified,
             noise_source=facts.noise_source,
             noise_description=facts.noise_description,
+            exact_noise=facts.placement == "distributed",
         ),
     }
 

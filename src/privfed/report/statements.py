@@ -44,6 +44,12 @@ def trust_model(*, unit: str, placement: str, secagg: bool) -> list[str]:
             "Each client clips and adds noise on its own machine before anything leaves it, so the promise "
             "does not rest on trusting the server or the other clients."
         )
+    elif placement == "distributed":
+        sentences.append(
+            "Each client adds only a share of the noise before its update is masked, so the promise rests on secure "
+            "aggregation, on enough survivors and on enough honest clients among them, as declared; it does not rest "
+            "on trusting the server to add noise."
+        )
     else:
         sentences.append("The server adds the noise, so it is trusted to do so and not to misuse what it sees before.")
     if secagg:
@@ -83,7 +89,9 @@ def coverage(private: bool) -> dict[str, dict[str, Any]]:
     }
 
 
-def assumptions(*, sampling: str, amplified: bool, noise_source: str, noise_description: str) -> list[dict[str, str]]:
+def assumptions(
+    *, sampling: str, amplified: bool, noise_source: str, noise_description: str, exact_noise: bool = False
+) -> list[dict[str, str]]:
     """Return what the accountant takes for granted and whether it held: met, not_met or assumed."""
     if sampling == "poisson":
         drawn = _assumption(
@@ -114,6 +122,12 @@ def assumptions(*, sampling: str, amplified: bool, noise_source: str, noise_desc
             "The number of clients and of rows on each client is treated as public.",
         ),
         _assumption(
+            "noise_grid",
+            "met",
+            f"The noise is drawn as follows: {noise_description.rstrip('.')}; the accountant counts these integers.",
+        )
+        if exact_noise
+        else _assumption(
             "noise_grid",
             "assumed",
             f"The noise is drawn as follows: {noise_description.rstrip('.')}. The accountant treats it as "

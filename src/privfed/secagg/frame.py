@@ -1,20 +1,22 @@
-"""The outer form of every message: fixed header, sender, canonical msgpack fields, raw payload, checksum.
+"""The outer form of every message: fixed header, canonical msgpack fields, raw payload, trailer.
 
 ::
 
     offset  size  field
     0       4     magic "PFSA"
-    4       1     version
+    4       1     version, 2
     5       1     stage
-    6       2     length of the sender's id (0: the server)
+    6       2     party: number of the client that sends (odd stage) or receives (even stage)
     8       4     length of the fields
     12      8     length of the payload
-    20      32    SHA-256 of the session's parameters
-    52      ...   sender (UTF-8), fields (msgpack), payload (little-endian), CRC-32 of all before it
+    20      16    the first bytes of the SHA-256 of the session's parameters
+    36      ...   fields (msgpack), payload (little-endian), trailer over all before it
 
-All numbers are little-endian. The lengths are compared with the message and with what the session allows
-before anything is parsed, and the fields must be in msgpack's one shortest form. The CRC finds accidents
-(every single changed byte among them); it is no protection from an attacker, who can compute it as well.
+All numbers are little-endian. The trailer is the client's Ed25519 signature (64 bytes) where other clients read
+the message, a tag that only this client and the server can make (16 bytes) where the server alone reads it, and a
+CRC-32 (4 bytes) on messages of the server, whose parts that matter are signed or sealed by clients. The lengths are
+compared with the message and with what the session allows before anything is parsed, and the fields must be in
+msgpack's one shortest form.
 """
 
 from __future__ import annotations
@@ -28,12 +30,15 @@ from typing import Any
 
 import msgpack
 
-from privfed.errors import ProtocolError
+from privfed.errors import MessageError
+from privfed.secagg.identity import SIGNATURE_BYTES
+from privfed.secagg.keys import TAG_BYTES
 
 MAGIC = b"PFSA"
-VERSION = 1
-HEADER = struct.Struct("<4sBBHIQ32s")
-CHECKSUM = struct.Struct("<I")
+VERSION = 2
+HEADER = struct.Struct("<4sBBHIQ16s")
+CRC_BYTES = 4
+_CONTEXT_BYTES = 16
 
 
 class Stage(IntEnum):
@@ -45,31 +50,59 @@ class Stage(IntEnum):
     SHARES = 4
     MASKED = 5
     SURVIVORS = 6
-    UNMASK = 7
+    AGREE = 7
+    AGREEMENT = 8
+    UNMASK = 9
+
+
+TRAILER_BYTES = {stage: TAG_BYTES if stage % 2 else CRC_BYTES for stage in Stage} | {
+    Stage.ADVERTISE: SIGNATURE_BYTES,
+    Stage.AGREE: SIGNATURE_BYTES,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a receiver accepts of one stage.
+    """What a receiver accepts of one stage: parties below ``parties``, and the lengths of fields and payload."""
 
-    Attributes:
-        sender_bytes: The longest id.
-        fields_bytes: The longest fields.
-        payload_bytes: The exact length of the payload.
-    """
-
-    sender_bytes: int
+    parties: int
     fields_bytes: int
     payload_bytes: int
+    exact_payload: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """A message whose outer form was checked; the meaning of its fields was not."""
+    """A message whose outer form was checked; its trailer and the meaning of its fields were not.
 
-    sender: str
+    Attributes:
+        party: Number of the client that sends or receives.
+        fields: As msgpack gives them.
+        message: The whole message.
+        payload_at: Where in it the payload starts; the trailer follows it.
+        payload_end: Where the payload ends.
+    """
+
+    party: int
     fields: Any = field(repr=False)
-    payload: memoryview = field(repr=False)
+    message: bytes = field(repr=False)
+    payload_at: int
+    payload_end: int
+
+    @property
+    def payload(self) -> memoryview:
+        """The raw payload."""
+        return memoryview(self.message)[self.payload_at : self.payload_end]
+
+    @property
+    def body(self) -> memoryview:
+        """All that the trailer covers."""
+        return memoryview(self.message)[: self.payload_end]
+
+    @property
+    def trailer(self) -> bytes:
+        """The signature, tag or checksum."""
+        return self.message[self.payload_end :]
 
 
 def canonical(value: Any) -> bytes:
@@ -82,53 +115,49 @@ def context_digest(*parts: Any) -> bytes:
     return hashlib.sha256(canonical(list(parts))).digest()
 
 
-def encode(stage: Stage, context: bytes, sender: str, fields: Any, payload: bytes | memoryview = b"") -> bytes:
-    """Return one message as bytes."""
-    name, packed = sender.encode(), canonical(fields)
-    header = HEADER.pack(MAGIC, VERSION, stage, len(name), len(packed), len(payload), context)
-    head = header + name + packed
-    checksum = zlib.crc32(payload, zlib.crc32(head))
-    return b"".join((head, payload, CHECKSUM.pack(checksum)))
+def head(stage: Stage, context: bytes, party: int, fields: Any, payload_bytes: int = 0) -> bytes:
+    """Return a message up to its payload."""
+    packed = canonical(fields)
+    start = HEADER.pack(MAGIC, VERSION, stage, party, len(packed), payload_bytes, context[:_CONTEXT_BYTES])
+    return start + packed
+
+
+def with_checksum(body: bytes) -> bytes:
+    """Return a server's message: ``body`` and its CRC-32."""
+    return body + zlib.crc32(body).to_bytes(CRC_BYTES, "little")
 
 
 def decode(message: bytes, stage: Stage, context: bytes, limits: Limits) -> Frame:
     """Return the parts of a message of this stage and session.
 
+    The trailer of a server's message is checked here; a client's signature or tag is for the caller to check.
+
     Raises:
-        ProtocolError: If the message is malformed, damaged, of another stage, or of another round or
-            configuration.
+        MessageError: If the message is malformed, damaged, of another stage, or of another round or configuration.
     """
-    if not isinstance(message, bytes) or len(message) < HEADER.size + CHECKSUM.size:
-        raise ProtocolError(f"Expected a {stage.name} message; got something shorter than its header.")
-    magic, version, kind, sender_size, fields_size, payload_size, got_context = HEADER.unpack_from(message)
+    trailer = TRAILER_BYTES[stage]
+    if not isinstance(message, bytes) or len(message) < HEADER.size + trailer:
+        raise MessageError(f"Expected a {stage.name} message; got something shorter than its header.")
+    magic, version, kind, party, fields_size, payload_size, got_context = HEADER.unpack_from(message)
     if magic != MAGIC or version != VERSION:
-        raise ProtocolError(f"Expected a secure-aggregation message of version {VERSION}; run one version everywhere.")
+        raise MessageError(f"Expected a secure-aggregation message of version {VERSION}; run one version everywhere.")
     if kind != stage:
-        raise ProtocolError(f"Expected a {stage.name} message; got stage {kind}.")
-    if got_context != context:
-        raise ProtocolError(f"The {stage.name} message belongs to another round, configuration or cohort.")
-    if sender_size > limits.sender_bytes or fields_size > limits.fields_bytes or payload_size != limits.payload_bytes:
-        raise ProtocolError(f"The {stage.name} message claims sizes that this session does not allow.")
-    if HEADER.size + sender_size + fields_size + payload_size + CHECKSUM.size != len(message):
-        raise ProtocolError(f"The {stage.name} message is shorter or longer than its header says.")
-    body = memoryview(message)
-    if CHECKSUM.unpack(body[-CHECKSUM.size :])[0] != zlib.crc32(body[: -CHECKSUM.size]):
-        raise ProtocolError(f"The {stage.name} message was damaged on its way; its checksum differs.")
-    at_fields = HEADER.size + sender_size
-    at_payload = at_fields + fields_size
-    return Frame(
-        sender=_text(bytes(body[HEADER.size : at_fields])),
-        fields=_unpack(bytes(body[at_fields:at_payload])),
-        payload=body[at_payload : -CHECKSUM.size],
-    )
-
-
-def _text(raw: bytes) -> str:
-    """Return UTF-8 as text."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise ProtocolError("The sender's id is not UTF-8.") from error
+        raise MessageError(f"Expected a {stage.name} message; got stage {kind}.")
+    if got_context != context[:_CONTEXT_BYTES]:
+        raise MessageError(f"The {stage.name} message belongs to another round, configuration or cohort.")
+    if party >= limits.parties:
+        raise MessageError(f"The {stage.name} message names client number {party} of a cohort of {limits.parties}.")
+    fits = payload_size == limits.payload_bytes if limits.exact_payload else payload_size <= limits.payload_bytes
+    if fields_size > limits.fields_bytes or not fits:
+        raise MessageError(f"The {stage.name} message claims sizes that this session does not allow.")
+    at_payload = HEADER.size + fields_size
+    end = at_payload + payload_size
+    if end + trailer != len(message):
+        raise MessageError(f"The {stage.name} message is shorter or longer than its header says.")
+    if stage % 2 == 0 and zlib.crc32(memoryview(message)[:end]) != int.from_bytes(message[end:], "little"):
+        raise MessageError(f"The {stage.name} message was damaged on its way; its checksum differs.")
+    fields = _unpack(message[HEADER.size : at_payload])
+    return Frame(party=party, fields=fields, message=message, payload_at=at_payload, payload_end=end)
 
 
 def _unpack(raw: bytes) -> Any:
@@ -147,7 +176,7 @@ def _unpack(raw: bytes) -> Any:
             max_ext_len=0,
         )
     except (ValueError, msgpack.UnpackException) as error:
-        raise ProtocolError("The fields of a message are not valid msgpack.") from error
+        raise MessageError("The fields of a message are not valid msgpack.") from error
     if canonical(fields) != raw:
-        raise ProtocolError("The fields of a message are not in canonical form.")
+        raise MessageError("The fields of a message are not in canonical form.")
     return fields

@@ -1,9 +1,10 @@
 """Masks: AES-256-CTR keystreams, added to or subtracted from a vector block by block.
 
-A mask is the keystream of AES-256 in counter mode from counter zero, read as little-endian 32-bit words. Each
-key serves one mask only, so the fixed counter repeats no (key, counter) pair. All keystreams of one block are
-applied while the block lies in the processor's cache, and the cipher writes into one reused buffer: nothing
-as long as the vector is allocated.
+A mask is the keystream of AES-256 in counter mode from counter zero, read as little-endian words of the ring (16
+bits for a ring of 16, else 32). Each key serves one mask only, so the fixed counter repeats no (key, counter)
+pair. All keystreams of one block are applied while the block lies in the processor's cache, and the cipher writes
+into one reused buffer: nothing as long as the vector is allocated. Cipher and addition both release the
+interpreter's lock, so a long vector is cut into spans that threads work on, each from its own counter.
 
 Source: Bonawitz et al. 2017, section 3 (the PRG that expands a seed into a mask); NIST SP 800-38A, section
 6.5 (counter mode).
@@ -13,70 +14,126 @@ Shape legend: M values of a vector.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import islice, pairwise
+from typing import TypeVar
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-from privfed.secagg.ring import VALUE_BYTES, UInt32, add_into, subtract_into
+from privfed.secagg.ring import Words, add_into, subtract_into
 
 BLOCK_BYTES = 128 * 1024
 """Bytes of the vector worked on at a time; fits the second-level cache beside the buffer."""
 STREAMS_AT_ONCE = 64
 """Cipher contexts held open at a time; bounds memory where very many masks are removed."""
+SPAN_BYTES = 512 * 1024
+"""A thread takes no less than this much of a vector: below, starting it costs more than it saves."""
+_AES_BLOCK = 16
 _SLACK_BYTES = 15  # older releases of the library ask for a buffer one cipher block longer than the data
 
-_Stream = tuple[CipherContext, Callable[[UInt32, UInt32], None]]
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+_Stream = tuple[CipherContext, Callable[[Words, Words], None]]
 
 
 def apply_masks(
-    values_M: UInt32,
+    values_M: Words,
     plus: Sequence[bytes] = (),
     minus: Sequence[bytes] = (),
     *,
     block_bytes: int = BLOCK_BYTES,
+    threads: int | None = None,
 ) -> None:
     """Add the keystreams of the keys ``plus`` to ``values_M`` and subtract those of ``minus``, in place.
 
     Args:
-        values_M: A writable, contiguous, flat uint32 array.
+        values_M: A writable, contiguous, flat array of uint32 or uint16.
         plus: Keys of 32 bytes.
         minus: Keys of 32 bytes.
         block_bytes: Bytes worked on at a time, a positive multiple of four; does not change the result.
+        threads: Most threads to use; None for one per processor, at most 8. Does not change the result.
 
     Raises:
         ValueError: If ``block_bytes`` is not a positive multiple of four or ``values_M`` is not as described.
     """
-    if block_bytes <= 0 or block_bytes % VALUE_BYTES:
-        raise ValueError(f"Expected block_bytes to be a positive multiple of {VALUE_BYTES}, got {block_bytes}.")
-    if values_M.dtype != np.uint32 or values_M.ndim != 1 or not values_M.flags.c_contiguous:
-        raise ValueError("Expected a contiguous flat uint32 array.")
-    work = chain(((key, add_into) for key in plus), ((key, subtract_into) for key in minus))
-    while batch := [(_open(key), combine) for key, combine in islice(work, STREAMS_AT_ONCE)]:
+    if block_bytes <= 0 or block_bytes % 4:
+        raise ValueError(f"Expected block_bytes to be a positive multiple of 4, got {block_bytes}.")
+    if values_M.dtype not in (np.uint32, np.uint16) or values_M.ndim != 1 or not values_M.flags.c_contiguous:
+        raise ValueError("Expected a contiguous flat array of uint32 or uint16.")
+    work = [(key, add_into) for key in plus] + [(key, subtract_into) for key in minus]
+    if any(len(key) != 32 for key, _ in work):
+        raise ValueError("Expected keys of 32 bytes.")
+    spans = _spans(values_M, processors() if threads is None else threads)
+    in_parallel(lambda span: _apply(span[1], work, span[0], block_bytes), spans)
+
+
+def processors() -> int:
+    """Return how many threads are worth starting on this machine: one per processor, at most 8."""
+    return min(8, os.cpu_count() or 1)
+
+
+def in_parallel(act: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """Return what ``act`` gives for each item, in order; threads take equal parts of them."""
+    parts = min(processors(), len(items))
+    if parts < 2:
+        return [act(item) for item in items]
+    cuts = [len(items) * part // parts for part in range(parts + 1)]
+    work = [items[first:last] for first, last in pairwise(cuts)]
+    return [result for results in _pool().map(lambda part: [act(item) for item in part], work) for result in results]
+
+
+@lru_cache(maxsize=1)
+def _pool() -> ThreadPoolExecutor:
+    """Return the threads of this process; they sleep when there is nothing to do."""
+    return ThreadPoolExecutor(max_workers=processors(), thread_name_prefix="privfed-secagg")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def _spans(values_M: Words, threads: int) -> list[tuple[int, Words]]:
+    """Return (first byte, view) of up to ``threads`` parts that start on whole cipher blocks."""
+    count = max(1, min(threads, values_M.nbytes // SPAN_BYTES))
+    step = -(-values_M.nbytes // count // _AES_BLOCK) * _AES_BLOCK or _AES_BLOCK
+    width = values_M.itemsize
+    return [(at, values_M[at // width : (at + step) // width]) for at in range(0, values_M.nbytes, step)]
+
+
+def _apply(
+    values_M: Words,
+    work: Sequence[tuple[bytes, Callable[[Words, Words], None]]],
+    first_byte: int,
+    block_bytes: int,
+) -> None:
+    """Apply all keystreams, from ``first_byte`` on, to one span."""
+    rest = iter(work)
+    while batch := [(_open(key, first_byte), combine) for key, combine in islice(rest, STREAMS_AT_ONCE)]:
         _apply_batch(values_M, batch, block_bytes)
 
 
-def _apply_batch(values_M: UInt32, streams: Sequence[_Stream], block_bytes: int) -> None:
+def _apply_batch(values_M: Words, streams: Sequence[_Stream], block_bytes: int) -> None:
     """Run all ``streams`` over ``values_M``, block by block."""
-    block_bytes = min(block_bytes, max(values_M.nbytes, VALUE_BYTES))
+    block_bytes = min(block_bytes, max(values_M.nbytes, 4))
     zeros = memoryview(bytes(block_bytes))
     buffer = bytearray(block_bytes + _SLACK_BYTES)
-    words = np.frombuffer(buffer, dtype="<u4", count=block_bytes // VALUE_BYTES)
+    words: Words = np.frombuffer(buffer, dtype=values_M.dtype, count=block_bytes // values_M.itemsize)
     for part in _blocks(values_M, words.size):
         for cipher, combine in streams:
             cipher.update_into(zeros[: part.nbytes], buffer)
             combine(part, words[: part.size])
 
 
-def _blocks(values_M: UInt32, size: int) -> Iterator[UInt32]:
+def _blocks(values_M: Words, size: int) -> Iterator[Words]:
     """Yield views of ``size`` values each; the last may be shorter."""
     for start in range(0, values_M.size, size):
         yield values_M[start : start + size]
 
 
-def _open(key: bytes) -> CipherContext:
-    """Return a running AES-256-CTR cipher from counter zero."""
-    if len(key) != 32:
-        raise ValueError(f"Expected a key of 32 bytes, got {len(key)}.")
-    return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+def _open(key: bytes, first_byte: int) -> CipherContext:
+    """Return a running AES-256-CTR cipher at this byte of its keystream, a multiple of 16."""
+    counter = (first_byte // _AES_BLOCK).to_bytes(_AES_BLOCK, "big")
+    return Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()

@@ -7,27 +7,20 @@ leaves its stage open: the caller may wait for more messages or give the round u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container
 from enum import Enum, auto
-from hmac import compare_digest
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from privfed.errors import ProtocolError, ThresholdError
-from privfed.secagg.keys import (
-    PublicKeys,
-    check_public,
-    commit_seed,
-    load_private,
-    masked_tag,
-    pairwise_mask_key,
-    self_mask_key,
-)
+from privfed.errors import EquivocationError, MessageError, StageError, ThresholdError
+from privfed.secagg import keys as k
+from privfed.secagg.frame import Frame, Stage
 from privfed.secagg.keystream import apply_masks
-from privfed.secagg.ring import UInt32, add_into
+from privfed.secagg.recover import mask_keys
+from privfed.secagg.ring import UInt32, Words, add_packed, reduced, word_type
 from privfed.secagg.session import SessionParams
-from privfed.secagg.shamir import combine_bytes, lagrange_weights
-from privfed.secagg.wire import Reveal, Wire, ids_digest, roster_digest, vector_digest
+from privfed.secagg.wire import Card, Wire
 
 
 class _Step(Enum):
@@ -36,6 +29,7 @@ class _Step(Enum):
     ADVERTISE = auto()
     SHARE = auto()
     MASKED = auto()
+    AGREE = auto()
     UNMASK = auto()
     DONE = auto()
 
@@ -49,14 +43,16 @@ class ServerSession:
 
     def __init__(self, params: SessionParams) -> None:
         self._params, self._wire, self._step = params, Wire(params), _Step.ADVERTISE
-        self._roster: dict[str, PublicKeys] = {}
+        self._key = X25519PrivateKey.generate()  # agrees with each client on the keys of its tags
+        self._cards: dict[int, Card] = {}
         self._used: set[bytes] = set()  # public keys seen so far
-        self._digest = b""  # of the roster
-        self._sealed: dict[str, dict[str, bytes]] = {}  # src -> dst -> sealed shares
-        self._sharers_digest = b""
-        self._total_M: UInt32 = np.zeros(0, dtype=np.uint32)
-        self._masked: dict[str, tuple[bytes, bytes]] = {}  # survivor -> digest of its vector, its tag
-        self._replies: dict[str, Reveal] = {}
+        self._shared: dict[int, bytes] = {}  # client -> the secret of its channel key and the server's
+        self._sealed: dict[int, dict[int, bytes]] = {}  # src -> dst -> sealed shares
+        self._total_M: Words = np.zeros(0, dtype=np.uint32)
+        self._confirmed: dict[int, dict[int, bytes]] = {}  # survivor -> peer -> confirmation
+        self._signatures: dict[int, bytes] = {}
+        self._chosen: dict[int, bytes] = {}  # the quorum of signatures that everybody is sent
+        self._replies: dict[int, dict[int, bytes]] = {}
 
     def __repr__(self) -> str:
         return f"ServerSession(step={self._step.name}, clients={len(self._params.clients)})"
@@ -65,201 +61,195 @@ class ServerSession:
         """Take one client's public keys and return its id.
 
         Raises:
-            ProtocolError: If the message is malformed, late, repeated, or has a key that is degenerate or
-                that another client uses.
+            StageError: If the message is late or repeated.
+            MessageError: If it is malformed, or has a key that is degenerate or that another client uses.
+            AuthenticityError: If it is not signed by the identity that the roster pins.
         """
         self._require(_Step.ADVERTISE)
-        sender, public = self._wire.decode_advertise(message)
-        _refuse_repeat(sender, self._roster)
-        keys = {public.masking, public.channel}
+        sender, card = self._wire.decode_advertise(message)
+        self._refuse_repeat(sender, self._cards)
+        keys, name = {card.keys.masking, card.keys.channel}, self._wire.name(sender)
         if keys & self._used:
-            raise ProtocolError(f"Client {sender!r} advertised a public key that another client uses.")
-        for key in sorted(keys):
-            check_public(key, sender)
+            raise MessageError(f"Client {name!r} advertised a public key that another client uses.")
+        k.agree(self._key, card.keys.masking, name)  # a degenerate key is found before anyone else meets it
+        self._shared[sender] = k.agree(self._key, card.keys.channel, name)
         self._used |= keys
-        self._roster[sender] = public
-        return sender
+        self._cards[sender] = card
+        return name
 
-    def roster(self) -> bytes:
-        """Close the first stage and return the message for every client that advertised.
+    def roster_for(self, client_id: str) -> bytes:
+        """Return the neighbours' keys for one client that advertised; the first call closes the first stage.
 
         Raises:
-            ProtocolError: If it was called before.
-            ThresholdError: If fewer clients than the threshold advertised.
+            StageError: If it is not the time for it, or the client did not advertise.
+            ThresholdError: If fewer than ``n_min`` clients advertised.
         """
-        self._require(_Step.ADVERTISE)
-        self._check_enough("advertised keys", len(self._roster))
-        self._step = _Step.SHARE
-        self._digest = roster_digest(self._roster)
-        return self._wire.encode_roster(self._roster)
+        self._close(_Step.ADVERTISE, _Step.SHARE, "advertised keys", len(self._cards))
+        number = self._number(client_id, self._cards)
+        return self._wire.encode_roster(number, self._key.public_key().public_bytes_raw(), self._cards)
 
     def receive_share(self, message: bytes) -> str:
         """Take one client's sealed shares and return its id.
 
         Raises:
-            ProtocolError: If the message is malformed, late, repeated, answers another roster, or has not
-                exactly one sealed text for every other client of the roster.
+            StageError: If the message is late, repeated, or from a client that did not advertise.
+            MessageError: If it is malformed.
+            AuthenticityError: If its tag is wrong.
+            EquivocationError: If it answers another roster.
         """
         self._require(_Step.SHARE)
-        sender, digest, sealed = self._wire.decode_share(message)
-        _refuse_repeat(sender, self._sealed)
-        if sender not in self._roster or digest != self._digest:
-            raise ProtocolError(f"Client {sender!r} answers a roster that this server did not send.")
-        if sealed.keys() != self._roster.keys() - {sender}:
-            raise ProtocolError(f"Client {sender!r} did not seal shares for exactly the other clients of the roster.")
-        self._sealed[sender] = sealed
-        return sender
+        got, advertised, sealed = self._wire.decode_share(message)
+        self._check_sender(got, Stage.SHARE, self._cards, self._sealed)
+        if advertised != tuple(sorted(self._cards)):
+            raise EquivocationError(
+                f"Client {self._wire.name(got.party)!r} answers a roster that this server did not send."
+            )
+        self._sealed[got.party] = sealed
+        return self._wire.name(got.party)
 
     def shares_for(self, client_id: str) -> bytes:
         """Return the sealed shares for one client that shared; the first call closes the second stage.
 
         Raises:
-            ProtocolError: If it is not the time for it, or the client did not share.
-            ThresholdError: If fewer clients than the threshold shared.
+            StageError: If it is not the time for it, or the client did not share.
+            ThresholdError: If fewer than ``n_min`` clients shared.
         """
-        if self._step is not _Step.MASKED:
-            self._require(_Step.SHARE)
-        if client_id not in self._sealed and len(self._sealed) >= self._params.threshold:
-            raise ProtocolError(f"Client {client_id!r} did not share; there is nothing for it.")
-        self._check_enough("shared", len(self._sealed))
-        if self._step is _Step.SHARE:
-            self._step = _Step.MASKED
-            self._sharers_digest = ids_digest(self._sealed)
-            self._total_M = np.zeros(self._params.length, dtype=np.uint32)
-        sealed = {src: texts[client_id] for src, texts in self._sealed.items() if src != client_id}
-        return self._wire.encode_shares(client_id, sealed)
+        if self._close(_Step.SHARE, _Step.MASKED, "shared", len(self._sealed)):
+            self._total_M = np.zeros(self._params.length, dtype=word_type(self._params.ring_bits))
+        number = self._number(client_id, self._sealed)
+        sealed = {src: self._sealed[src][number] for src in self._wire.near(number, self._sealed)}
+        return self._wire.encode_shares(number, self._sealed, sealed)
 
     def receive_masked(self, message: bytes) -> str:
         """Add one client's masked vector to the running sum and return its id.
 
         Raises:
-            ProtocolError: If the message is malformed, late, repeated, or masks against another set of
-                clients.
+            StageError: If the message is late, repeated, or from a client that did not share.
+            MessageError: If it is malformed.
+            AuthenticityError: If its tag is wrong.
+            EquivocationError: If it masks against other clients than those that shared.
         """
         self._require(_Step.MASKED)
-        sender, digest, tag, masked_M = self._wire.decode_masked(message)
-        _refuse_repeat(sender, self._masked)
-        if sender not in self._sealed or digest != self._sharers_digest:
-            raise ProtocolError(f"Client {sender!r} masked against other clients than those that shared.")
-        evidence = vector_digest(masked_M), tag
-        add_into(self._total_M, masked_M)
-        self._masked[sender] = evidence
-        return sender
+        got = self._wire.decode_masked(message)
+        self._check_sender(got.frame, Stage.MASKED, self._sealed, self._confirmed)
+        if got.sharers != tuple(sorted(self._sealed)):
+            raise EquivocationError(
+                f"Client {self._wire.name(got.sender)!r} masked against other clients than those that shared."
+            )
+        add_packed(self._total_M, got.frame.message, got.frame.payload_at, self._params.ring_bits)
+        self._confirmed[got.sender] = got.confirmations
+        return self._wire.name(got.sender)
 
-    def survivors(self) -> bytes:
-        """Close the third stage and return the message for every client whose vector is in the sum.
+    def survivors_for(self, client_id: str) -> bytes:
+        """Return whose vector is in the sum, for one of these; the first call closes the third stage.
 
         Raises:
-            ProtocolError: If it is not the time for it.
-            ThresholdError: If fewer clients than the threshold sent a masked vector.
+            StageError: If it is not the time for it, or the client sent no masked vector.
+            ThresholdError: If fewer than ``n_min`` clients sent one.
         """
-        self._require(_Step.MASKED)
-        self._check_enough("sent masked vectors", len(self._masked))
-        self._step = _Step.UNMASK
-        return self._wire.encode_survivors(self._masked)
+        self._close(_Step.MASKED, _Step.AGREE, "sent masked vectors", len(self._confirmed))
+        number = self._number(client_id, self._confirmed)
+        near = self._wire.near(number, self._confirmed)
+        return self._wire.encode_survivors(number, self._confirmed, {src: self._confirmed[src][number] for src in near})
+
+    def receive_agree(self, message: bytes) -> str:
+        """Take one survivor's signature under the survivors and return its id.
+
+        Raises:
+            StageError: If the message is late, repeated, or from a client that is not a survivor.
+            MessageError: If it is malformed.
+            AuthenticityError: If the signature is wrong.
+            EquivocationError: If it is under other sharers or survivors.
+        """
+        self._require(_Step.AGREE)
+        sender, sharers, survivors, signature = self._wire.decode_agree(message)
+        self._refuse_stranger(sender, self._confirmed)
+        self._refuse_repeat(sender, self._signatures)
+        if sharers != tuple(sorted(self._sealed)) or survivors != tuple(sorted(self._confirmed)):
+            raise EquivocationError(f"Client {self._wire.name(sender)!r} signed another list of survivors.")
+        self._signatures[sender] = signature
+        return self._wire.name(sender)
+
+    def agreement_for(self, client_id: str) -> bytes:
+        """Return a quorum of signatures for one client that signed; the first call closes the fourth stage.
+
+        Raises:
+            StageError: If it is not the time for it, or the client did not sign.
+            ThresholdError: If fewer clients than the quorum signed.
+        """
+        if self._close(_Step.AGREE, _Step.UNMASK, "signed", len(self._signatures), self._params.quorum):
+            chosen = sorted(self._signatures)[: self._params.quorum]
+            self._chosen = {signer: self._signatures[signer] for signer in chosen}
+        return self._wire.encode_agreement(self._number(client_id, self._signatures), self._chosen)
 
     def receive_unmask(self, message: bytes) -> str:
         """Take one survivor's shares and return its id.
 
         Raises:
-            ProtocolError: If the message is malformed, late, repeated, not from a survivor, or has not
-                exactly the kinds of shares that the list of survivors asks for.
+            StageError: If the message is late, repeated, or from a client that did not sign.
+            MessageError: If it is malformed.
+            AuthenticityError: If its tag is wrong.
         """
         self._require(_Step.UNMASK)
-        sender, reveal = self._wire.decode_unmask(message)
-        _refuse_repeat(sender, self._replies)
-        if sender not in self._masked:
-            raise ProtocolError(f"Client {sender!r} is not a survivor; its answer is refused.")
-        if reveal.seed_shares.keys() != self._masked.keys() or reveal.key_shares.keys() != self._dropped():
-            raise ProtocolError(f"Client {sender!r} answered another list of survivors.")
-        self._replies[sender] = reveal
-        return sender
+        got, shares = self._wire.decode_unmask(message, tuple(self._sealed))
+        self._check_sender(got, Stage.UNMASK, self._signatures, self._replies)
+        self._replies[got.party] = shares
+        return self._wire.name(got.party)
 
     def sum(self) -> tuple[UInt32, tuple[str, ...]]:
-        """Remove the masks and return the sum modulo 2^32 of the survivors' vectors, and who they are.
+        """Remove the masks and return the survivors' sum modulo 2^ring_bits, and who they are.
 
         Raises:
-            ProtocolError: If it is not the time for it, or the shares of one client's secret do not give what
-                that client advertised, or a masked vector was altered; the message names the client, and no
-                sum is released.
-            ThresholdError: If fewer clients than the threshold answered.
+            StageError: If it is not the time for it.
+            ShareError: If the shares of one client's secret do not give what it advertised; no sum is released.
+            ThresholdError: If too few holders of some client's shares answered.
         """
         self._require(_Step.UNMASK)
-        self._check_enough("answered the list of survivors", len(self._replies))
-        helpers = sorted(self._replies)[: self._params.threshold]
-        weights = lagrange_weights(self._params.points(helpers))
-        replies = [self._replies[client] for client in helpers]
-        self_masks = [self._self_mask(peer, weights, replies) for peer in sorted(self._masked)]
-        pairwise = [self._pairwise_masks(peer, weights, replies) for peer in sorted(self._dropped())]
-        plus = [key for added, _ in pairwise for key in added]
-        minus = self_masks + [key for _, removed in pairwise for key in removed]
+        plus, minus = mask_keys(self._wire, self._cards, self._sealed.keys(), self._confirmed.keys(), self._replies)
         apply_masks(self._total_M, plus, minus)
         self._step = _Step.DONE
         total_M, self._total_M = self._total_M, np.zeros(0, dtype=np.uint32)
-        self._replies, self._sealed = {}, {}
-        return total_M, tuple(sorted(self._masked))
+        self._replies, self._sealed, self._shared = {}, {}, {}
+        names = tuple(self._wire.name(number) for number in sorted(self._confirmed))
+        return reduced(total_M, self._params.ring_bits), names
 
-    def _self_mask(self, peer: str, weights: Sequence[int], replies: Sequence[Reveal]) -> bytes:
-        """Return the key of a survivor's self mask, having checked its seed and its masked vector."""
-        scope = self._params.scope
-        seed = _recover(peer, "self-mask seed", weights, [reply.seed_shares[peer] for reply in replies])
-        if commit_seed(seed, scope, peer) != self._roster[peer].seed_commitment:
-            raise _wrong_secret(peer, "self-mask seed")
-        vector, tag = self._masked[peer]
-        if not compare_digest(tag, masked_tag(seed, scope, peer, self._sharers_digest, vector)):
-            raise ProtocolError(f"The masked vector that came as client {peer!r}'s was altered; no sum is released.")
-        return self_mask_key(seed, scope, peer)
+    def _check_sender(self, got: Frame, stage: Stage, known: Container[int], seen: Container[int]) -> None:
+        """Refuse a tagged message of a stranger, a second one, and one that its client did not make."""
+        self._refuse_stranger(got.party, known)
+        self._refuse_repeat(got.party, seen)
+        shared, name = self._shared[got.party], self._wire.name(got.party)
+        self._wire.check_tag(got, k.message_key(shared, self._params.scope, name, stage))
 
-    def _pairwise_masks(
-        self, peer: str, weights: Sequence[int], replies: Sequence[Reveal]
-    ) -> tuple[list[bytes], list[bytes]]:
-        """Return the keys of the masks that a dropped client left: those to add and those to subtract."""
-        raw = _recover(peer, "masking key", weights, [reply.key_shares[peer] for reply in replies])
-        private, public = load_private(raw), self._roster[peer].masking
-        if private.public_key().public_bytes_raw() != public:
-            raise _wrong_secret(peer, "masking key")
+    def _close(self, step: _Step, after: _Step, what: str, count: int, least: int | None = None) -> bool:
+        """Close a stage where it is open and complete; return whether this call did."""
+        if self._step is after:
+            return False
+        self._require(step)
+        needed = self._params.n_min if least is None else least
+        if count < needed:
+            raise ThresholdError(f"Only {count} clients {what}; at least {needed} are needed.")
+        self._step = after
+        return True
 
-        def keys(takes: Callable[[str], bool]) -> list[bytes]:
-            return [
-                pairwise_mask_key(private, self._params.scope, (peer, public), (other, self._roster[other].masking))
-                for other in sorted(self._masked)
-                if takes(other)
-            ]
-
-        return keys(lambda other: other > peer), keys(lambda other: other < peer)
-
-    def _dropped(self) -> frozenset[str]:
-        """Return who shared but sent no masked vector; the survivors' vectors have masks with these."""
-        return frozenset(self._sealed.keys() - self._masked.keys())
-
-    def _check_enough(self, what: str, count: int) -> None:
-        """Refuse to close a stage with fewer clients than the threshold."""
-        if count < self._params.threshold:
-            raise ThresholdError(f"Only {count} clients {what}; the threshold is {self._params.threshold}.")
+    def _number(self, client_id: str, known: Container[int]) -> int:
+        """Return the number of a client that did the stage before."""
+        if client_id in self._params.clients:
+            number = self._params.clients.index(client_id)
+            if number in known:
+                return number
+        raise StageError(f"Client {client_id!r} did not do the stage before; there is nothing for it.")
 
     def _require(self, step: _Step) -> None:
         """Refuse a call or message that belongs to another stage."""
         if self._step is not step:
-            raise ProtocolError(f"The server is at stage {self._step.name}; this belongs to stage {step.name}.")
+            raise StageError(f"The server is at stage {self._step.name}; this belongs to stage {step.name}.")
 
+    def _refuse_stranger(self, sender: int, known: Container[int]) -> None:
+        """Refuse a message of a client that did not do the stage before."""
+        if sender not in known:
+            raise StageError(f"Client {self._wire.name(sender)!r} did not do the stage before this message's.")
 
-def _refuse_repeat(sender: str, seen: Container[str]) -> None:
-    """Refuse a second message of one client in one stage; the first stands."""
-    if sender in seen:
-        raise ProtocolError(f"Client {sender!r} sent this stage twice; the first message stands.")
-
-
-def _recover(peer: str, what: str, weights: Sequence[int], shares: Sequence[bytes]) -> bytes:
-    """Return a secret from its shares."""
-    try:
-        return combine_bytes(weights, shares)
-    except ValueError as error:
-        raise _wrong_secret(peer, what) from error
-
-
-def _wrong_secret(peer: str, what: str) -> ProtocolError:
-    """Return the error for a recovered secret that is not the one its owner advertised."""
-    return ProtocolError(
-        f"The shares of client {peer!r} do not give the {what} that it advertised: it dealt, or another"
-        " client returned, a wrong share. No sum is released."
-    )
+    def _refuse_repeat(self, sender: int, seen: Container[int]) -> None:
+        """Refuse a second message of one client in one stage; the first stands."""
+        if sender in seen:
+            raise StageError(f"Client {self._wire.name(sender)!r} sent this stage twice; the first message stands.")

@@ -12,6 +12,7 @@ Source: Shamir, "How to Share a Secret", CACM 1979; used as in Bonawitz et al. 2
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 
@@ -63,15 +64,22 @@ def lagrange_weights(points: Sequence[int], prime: int = PRIME) -> list[int]:
         ValueError: If the points are not distinct nonzero field elements.
     """
     _check_points(points, prime)
-    weights = []
-    for i, point in enumerate(points):
-        numerator = denominator = 1
-        for j, other in enumerate(points):
-            if i != j:
-                numerator = numerator * other % prime
-                denominator = denominator * (other - point) % prime
-        weights.append(numerator * pow(denominator, -1, prime) % prime)
-    return weights
+    # w_i = prod_j x_j / (x_i prod_{j != i} (x_j - x_i)); the points are small, so plain products come first
+    numerator = math.prod(points) % prime
+    bottoms = [point * math.prod(other - point for other in points if other != point) % prime for point in points]
+    return [numerator * inverse % prime for inverse in _inverses(bottoms, prime)]
+
+
+def _inverses(values: Sequence[int], prime: int) -> list[int]:
+    """Return the inverses of nonzero field elements by a single inversion (Montgomery's trick)."""
+    before = [1]
+    for value in values:
+        before.append(before[-1] * value % prime)
+    running, inverses = pow(before[-1], -1, prime), []
+    for value, product in zip(reversed(values), reversed(before[:-1]), strict=True):
+        inverses.append(running * product % prime)
+        running = running * value % prime
+    return inverses[::-1]
 
 
 def combine(weights: Sequence[int], shares: Sequence[int], prime: int = PRIME) -> int:

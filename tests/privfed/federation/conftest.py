@@ -91,7 +91,10 @@ def federation(tiny_config: Callable[..., Any], tmp_path: Path) -> Iterator[Call
             privacy = {"target_epsilon": None, "noise_multiplier": 1.0, **tables.pop("privacy", {})}
             config = tiny_config(privacy=privacy, **tables)
             material = materials.gather(config)
-            plan = materials.plan_privacy(config, material)
+            bench = setup.build(config, material, Silent())
+            distributed = config.privacy.is_distributed
+            lengths = setup.trained_lengths(config, bench.tuned) if distributed else None
+            plan = materials.plan_privacy(config, material, lengths)
             ledger = stack.enter_context(Ledger.open(tmp_path / "ledger.sqlite"))
             holder = Holder(
                 ledger=ledger,
@@ -102,7 +105,6 @@ def federation(tiny_config: Callable[..., Any], tmp_path: Path) -> Iterator[Call
                 partition_digest=material.partition_digest,
                 project="default",
             )
-            bench = setup.build(config, material, Silent())
             stages = setup.make_stages(config, material, bench, plan, holder, Silent(), tmp_path / "own")
             made = Federation(config, material, plan, bench, stages, holder, stack)
             stack.callback(made.stage.trainer.close)

@@ -20,7 +20,8 @@ from privfed.compression.message import pack_bits
 from privfed.errors import ProtocolError, ThresholdError
 from privfed.federation.collect import Link, MaskedLink, PlainLink
 from privfed.rng import PrivateStream
-from privfed.secagg import ServerSession
+from privfed.secagg import Identity, Requirements, ServerSession
+from privfed.secagg.ring import READ_AHEAD, add_packed
 from privfed.types import Encoded
 
 SIZE = 301
@@ -32,23 +33,25 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 
 
-def _codec(name: str, *, masked: bool) -> Any:
+def _codec(name: str, *, masked: bool, ring: Ring = RING) -> Any:
     plugin = CODECS.get(name)
-    return plugin.build(plugin.config.model_validate(TABLES[name]), RING if masked else None)
+    return plugin.build(plugin.config.model_validate(TABLES[name]), ring if masked else None)
 
 
-def _link(name: str, *, masked: bool, weighted: bool = False, clients: tuple[str, ...] = CLIENTS) -> Any:
+def _link(
+    name: str, *, masked: bool, weighted: bool = False, clients: tuple[str, ...] = CLIENTS, ring: Ring = RING
+) -> Any:
     if not masked:
         return PlainLink(name, SIZE)
     return MaskedLink(
-        clients,
+        {client: Identity.generate() for client in clients},
+        requirements=Requirements(),
         round_id=b"round",
         config_digest=bytes(32),
         codec=name,
         length=SIZE,
         weighted=weighted,
-        threshold=2 / 3,
-        ring_bits=RING.bits,
+        ring_bits=ring.bits,
     )
 
 
@@ -91,6 +94,45 @@ def test_the_masked_sum_is_the_plain_sum(name: str) -> None:
         np.testing.assert_allclose(found[False], true_D, rtol=1e-12)
     else:
         np.testing.assert_allclose(found[True], found[False], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+@pytest.mark.parametrize("bits", [16, 20, 24])
+def test_smaller_rings_sum_exactly_and_send_fewer_bytes(name: str, bits: int) -> None:
+    ring = Ring(bits=bits, clients=8)
+    updates, codec = _updates(), _codec(name, masked=True, ring=ring)
+    encoded = _encode(codec, updates)
+    collected = _send_all(_link(name, masked=True, ring=ring), encoded)
+    found = codec.decode_sum(collected.total)
+    np.testing.assert_allclose(found, np.sum([_decoded(each) for each in encoded.values()], axis=0), atol=1e-9)
+    wide = _send_all(_link(name, masked=True), _encode(_codec(name, masked=True), updates))
+    saved = (wide.bytes_up - collected.bytes_up) / len(CLIENTS)
+    assert saved == 4 * SIZE - -(-SIZE * bits // 8)
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+@pytest.mark.parametrize("bits", [16, 20, 24])
+def test_the_largest_values_of_all_clients_do_not_wrap(name: str, bits: int) -> None:
+    """The stated bound: n times the largest magnitude is at most 2^(bits - 1) - 1."""
+    ring = Ring(bits=bits, clients=len(CLIENTS))
+    codec, largest = _codec(name, masked=True, ring=ring), {"identity": 16.0, "stochastic_quantizer": 4.0}[name]
+    for sign in (1.0, -1.0):
+        encoded = _encode(codec, dict.fromkeys(CLIENTS, np.full(SIZE, sign * largest, dtype=np.float32)))
+        total = codec.decode_sum(_send_all(_link(name, masked=True, ring=ring), encoded).total)
+        np.testing.assert_allclose(total, sign * largest * len(CLIENTS), rtol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [16, 20, 24, 32])
+def test_masked_weights_are_exact_in_every_ring(bits: int) -> None:
+    clients = tuple(f"c{number:02d}" for number in range(40))
+    ring = Ring(bits=bits, clients=40)
+    codec = _codec("identity", masked=True, ring=ring)
+    weights = {client: ((number * 7919) % 65536 + 1) / 65536 for number, client in enumerate(clients)}
+    updates = {client: np.zeros(SIZE, dtype=np.float32) for client in clients}
+    link = _link("identity", masked=True, weighted=True, clients=clients, ring=ring)
+    collected = _send_all(link, _encode(codec, updates), weights)
+    assert collected.total.total_weight == sum(weights.values())
+    assert len(collected.total.sum_M) == SIZE
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -215,6 +257,7 @@ class Eavesdropper:
             (ServerSession, "receive_advertise"),
             (ServerSession, "receive_share"),
             (ServerSession, "receive_masked"),
+            (ServerSession, "receive_agree"),
             (ServerSession, "receive_unmask"),
             (PlainLink, "_receive"),
         ):
@@ -254,7 +297,7 @@ def test_the_server_never_holds_a_single_update(name: str, weighted: bool, ear: 
     ear.encoded = _encode(codec, _updates())
     weights = {client: (number + 1) / 8 for number, client in enumerate(CLIENTS)}
     collected = _send_all(_link(name, masked=True, weighted=weighted), ear.encoded, weights)
-    assert len(ear.messages) == 4 * len(CLIENTS)
+    assert len(ear.messages) == 5 * len(CLIENTS)
     assert {type(message) for _, message in ear.messages} == {bytes}
     assert ear.everything() == set()
     assert ear.look(collected) == set()
@@ -310,8 +353,10 @@ def test_what_a_server_receives_says_nothing_of_the_vector(ear: Eavesdropper) ->
     for name, message in ear.messages:
         if name != "receive_masked":
             continue
-        sender, _, _, masked_M = link._server._wire.decode_masked(message)
-        plain_M = ear.encoded[sender].values_M
+        got = link._server._wire.decode_masked(message)
+        masked_M = np.zeros(SIZE, dtype=np.uint32)
+        add_packed(masked_M, message + bytes(READ_AHEAD), got.frame.payload_at, 32)
+        plain_M = ear.encoded[CLIENTS[got.sender]].values_M
         assert (masked_M == plain_M).mean() < 0.02
         signed = masked_M.astype(np.int32).astype(np.float64)
         correlation = np.corrcoef(signed, from_ring(plain_M.astype(np.uint64), 32))[0, 1]

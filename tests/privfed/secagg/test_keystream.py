@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privfed.secagg.keystream import BLOCK_BYTES, STREAMS_AT_ONCE, apply_masks
+from privfed.secagg.keystream import BLOCK_BYTES, SPAN_BYTES, STREAMS_AT_ONCE, apply_masks
 
 EDGE = BLOCK_BYTES // 4
 
@@ -30,6 +31,33 @@ def test_default_blocks_at_their_edges(length: int) -> None:
     apply_masks(values, [b"a" * 32], [b"b" * 32])
     expected = 1 + reference(b"a" * 32, length) - reference(b"b" * 32, length)
     assert np.array_equal(values, expected.astype(np.uint32))
+
+
+@given(key=st.binary(min_size=32, max_size=32), length=st.integers(0, 300))
+def test_the_keystream_is_that_of_gcm_from_its_second_counter_on(key: bytes, length: int) -> None:
+    """GCM with a zero nonce encrypts with the counters from 2 on, and ours starts at 0: two blocks of 16 earlier."""
+    ours = np.zeros(length + 8, dtype=np.uint32)
+    apply_masks(ours, [key])
+    theirs = AESGCM(key).encrypt(bytes(12), bytes(4 * length), None)[: 4 * length]
+    assert ours[8:].tobytes() == theirs
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@pytest.mark.parametrize("length", [1, SPAN_BYTES // 2 - 1, SPAN_BYTES, SPAN_BYTES + 5, 3 * SPAN_BYTES + 1])
+def test_threads_do_not_change_the_result(dtype: type, length: int) -> None:
+    found = []
+    for threads in (1, 2, 3, 7):
+        values = np.arange(length).astype(dtype)
+        apply_masks(values, [b"a" * 32], [b"b" * 32], threads=threads)
+        found.append(values)
+    assert all(np.array_equal(found[0], other) for other in found)
+    assert not np.array_equal(found[0], np.arange(length).astype(dtype))
+
+
+def test_words_of_16_bits_use_half_the_keystream() -> None:
+    values = np.zeros(50, dtype=np.uint16)
+    apply_masks(values, [b"a" * 32])
+    assert np.array_equal(values, reference(b"a" * 32, 25).view(np.uint16))
 
 
 def test_more_streams_than_are_open_at_once_cancel() -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,31 @@ MORE_ORDERS = np.array([1536, 2048, 4096, 8192, 16384, 65536], dtype=np.int64)
 ROUND_OFF = 1e-11
 """Added to the logarithm of each sampled moment, ten times its error in double precision: sums of tiny steps stay
 bounds."""
+
+
+class Accountable(Protocol):
+    """What can be composed here: steps of symmetric noise, known by their Renyi divergences; see ``DiscreteEvent``."""
+
+    @property
+    def unit(self) -> Unit: ...
+
+    @property
+    def relation(self) -> Relation: ...
+
+    @property
+    def sampling_probability(self) -> float: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def rounding_delta(self) -> float: ...
+
+    @property
+    def sampler_distance(self) -> float: ...
+
+    def curve(self, orders: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the Renyi divergences of one step without sampling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +151,7 @@ def sampled_rdp(orders: NDArray[np.int64], sampling_probability: float, curve: C
     return np.minimum(result, plain)
 
 
-def epsilon(events: Sequence[DiscreteEvent], delta: float) -> float:
+def epsilon(events: Sequence[Accountable], delta: float) -> float:
     """Return the epsilon at ``delta`` of all ``events`` composed; infinity where it is not bounded.
 
     ``delta`` pays first for rounding that passed its bound (a union bound over the steps), then (1 + exp(epsilon))
@@ -155,7 +181,7 @@ def epsilon(events: Sequence[DiscreteEvent], delta: float) -> float:
 
 
 def calibrate_variance(
-    event_at: Callable[[float], Sequence[DiscreteEvent]], target_epsilon: float, delta: float, *, least: float = 1e-3
+    event_at: Callable[[float], Sequence[Accountable]], target_epsilon: float, delta: float, *, least: float = 1e-3
 ) -> float:
     """Return the least variance at which the events that ``event_at`` gives for it cost at most ``target_epsilon``.
 
@@ -188,7 +214,7 @@ def calibrate_variance(
     return found
 
 
-def _composed(events: Sequence[DiscreteEvent]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _composed(events: Sequence[Accountable]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     sampled = any(event.sampling_probability < 1 for event in events)
     orders = ORDERS if sampled else np.concatenate([ORDERS, MORE_ORDERS])
     total = np.zeros(orders.size)
