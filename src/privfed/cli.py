@@ -210,12 +210,20 @@ def config() -> None:
 @config.command("show")
 @click.argument("source", metavar="RUN.TOML|PRESET")
 @set_option
+@click.option("--cost", is_flag=True, help="Print what a round of secure aggregation costs instead.")
+@click.option("--length", type=click.IntRange(min=0), help="Trained values, so that --cost loads no model.")
 @json_option
-def config_show(source: str, settings: tuple[str, ...], as_json: bool) -> None:
-    """Print the resolved configuration, every default included."""
+def config_show(source: str, settings: tuple[str, ...], cost: bool, length: int | None, as_json: bool) -> None:
+    """Print the resolved configuration, every default included; with --cost what its masked sums cost."""
 
     def body() -> dict[str, Any]:
         found = _config(source, settings)
+        if cost:
+            from privfed.federation.cost import run_cost
+
+            costs = run_cost(found, length=length)
+            _say(as_json, *costs.pop("lines"))
+            return costs
         _say(as_json, found.to_toml().rstrip())
         return found.to_dict()
 

@@ -163,6 +163,19 @@ def test_ls_lists_everything_there_is(privfed):
 # --- config -------------------------------------------------------------------------------------------------------
 
 
+def test_config_show_states_the_cost_of_a_masked_sum(privfed):
+    status, out, _ = privfed("config", "show", "base.toml", "--cost", "--length", 1000, "--json")
+    found = json.loads(out)
+    assert status == 0 and found["clients"] == 3 and found["values"] == 1000 and found["ring_bits"] == 32
+    client = found["nobody_dropped"]["client"]
+    assert client["keystream_bytes"] == 4 * 1000 * 3 and 4000 < client["bytes_up"] < 5000
+    assert [one["clients"] for one in found["in_groups"]][-1] == 1_000_000
+    status, out, _ = privfed("config", "show", "base.toml", "--cost", "--length", 1000, "-s", "secagg.ring_bits=24")
+    assert status == 0 and "3 clients a round, 1,000 values in a ring of 24 bits" in out and "1,000,000 clients" in out
+    status, _, err = privfed("config", "show", "base.toml", "--cost", "-s", "secagg.name=none")
+    assert status == 2 and 'set secagg.name = "masked"' in err
+
+
 def test_config_show_prints_what_can_be_read_again(privfed, tmp_path):
     status, out, _ = privfed("config", "show", "base.toml", "-s", "tuning.name=lora")
     assert status == 0

@@ -233,6 +233,15 @@ class MaskedLink:
         return message
 
 
+def weight_values(clients: int, ring_bits: int) -> int:
+    """Return how many values of the ring a masked weight takes.
+
+    Raises:
+        ConfigError: If the ring is too small for the weights of so many clients.
+    """
+    return _WeightDigits(clients, ring_bits).count
+
+
 class _WeightDigits:
     """A weight as values of the ring: digits so short that those of all clients add up without wrapping."""
 

@@ -172,6 +172,19 @@ def _fairness(config: RunConfig, material: Material) -> Fairness | None:
     )
 
 
+def trained_values(config: RunConfig, material: Material) -> int:
+    """Return D, the number of values that the main phase trains, without tokenising any text.
+
+    Raises:
+        ModelError: If the model or the tuning does not fit.
+    """
+    seed = experiment_seed(config.seed, "init") % (1 << 31)
+    loaded = load_model(config.model, label_names=material.dataset.label_names, seed=seed)
+    tuned = TUNINGS.get(str(getattr(config.tuning, "name", None))).apply(loaded, config.tuning, seed)
+    only_head = getattr(config.tuning, "name", "") == "head"
+    return layout_of(trained_head(tuned) if only_head else tuned.model).size
+
+
 def trained_head(tuned: TunedModel) -> nn.Module:
     """Return the head that is trained: peft keeps it beside a frozen copy of the original.
 

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Literal, NoReturn, TypeVar
 
-import numpy as np
-
 from privfed.errors import (
     AuthenticityError,
     ConfigError,
@@ -27,8 +25,8 @@ from privfed.secagg import keys as k
 from privfed.secagg.frame import Stage
 from privfed.secagg.graph import to_bitmap
 from privfed.secagg.identity import Identity
-from privfed.secagg.keystream import apply_masks, in_parallel
-from privfed.secagg.ring import UInt32, Words, check_vector, word_type
+from privfed.secagg.keystream import in_parallel, mask_packed
+from privfed.secagg.ring import UInt32, check_vector
 from privfed.secagg.session import SessionParams
 from privfed.secagg.shamir import SHARE_BYTES, deal_bytes, is_share
 from privfed.secagg.wire import Card, Wire
@@ -155,7 +153,7 @@ class ClientSession:
             for peer, text in sealed.items():
                 self._held[peer] = self._open(peer, text)
             self._sharers = sharers
-            masked_M = self._mask(values_M, list(sealed))
+            plus, minus = self._mask_keys(list(sealed))
             told = to_bitmap(sharers, self._wire.n)
             scope, me = self._params.scope, self._id
             names = {peer: self._wire.name(peer) for peer in sealed}
@@ -163,7 +161,10 @@ class ClientSession:
             self._expected = {peer: k.confirmation(self._shared[peer], scope, names[peer], me, told) for peer in sealed}
             self._keys, self._shared, self._cards = None, {}, {}  # from here on only the shares are needed
             tag_key = self._server_tag.pop(Stage.MASKED)
-            return self._wire.encode_masked(self._number, tag_key, sharers, confirmations, masked_M)
+            bits = self._params.ring_bits
+            return self._wire.encode_masked(
+                self._number, tag_key, sharers, confirmations, lambda out: mask_packed(values_M, plus, minus, bits, out)
+            )
 
     def agree(self, survivors: bytes) -> bytes:
         """Return this client's signature under who shared and who survived (figure 4, round 3).
@@ -268,8 +269,8 @@ class ClientSession:
             raise MessageError(f"Client {name!r} sealed a share outside the field; leave it out.")
         return pair
 
-    def _mask(self, values_M: UInt32, peers: list[int]) -> Words:
-        """Return the masked vector: of two clients, the one with the lower id adds their common mask."""
+    def _mask_keys(self, peers: list[int]) -> tuple[list[bytes], list[bytes]]:
+        """Return the keys of the masks to add and to subtract: of two clients, the one with the lower id adds."""
         secret, scope = self._secrets(), self._params.scope
         own = (self._id, secret.public.masking)
         pairwise = {
@@ -281,9 +282,7 @@ class ClientSession:
         plus = [k.self_mask_key(secret.seed, scope, self._id)]
         plus += [key for peer, key in pairwise.items() if self._number < peer]
         minus = [key for peer, key in pairwise.items() if self._number > peer]
-        masked_M: Words = np.array(values_M, dtype=word_type(self._params.ring_bits), order="C")
-        apply_masks(masked_M, plus, minus)
-        return masked_M
+        return plus, minus
 
     def _sealing_key(self, src: str, dst: str, peer: int) -> bytes:
         return k.sealing_key(self._shared[peer], self._params.scope, src, dst)

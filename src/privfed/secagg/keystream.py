@@ -23,8 +23,9 @@ from typing import TypeVar
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from numpy.typing import NDArray
 
-from privfed.secagg.ring import Words, add_into, subtract_into
+from privfed.secagg.ring import Words, add_into, pack_into, subtract_into, word_type
 
 BLOCK_BYTES = 128 * 1024
 """Bytes of the vector worked on at a time; fits the second-level cache beside the buffer."""
@@ -33,6 +34,7 @@ STREAMS_AT_ONCE = 64
 SPAN_BYTES = 512 * 1024
 """A thread takes no less than this much of a vector: below, starting it costs more than it saves."""
 _AES_BLOCK = 16
+_ZEROS = bytes(BLOCK_BYTES)
 _SLACK_BYTES = 15  # older releases of the library ask for a buffer one cipher block longer than the data
 
 _T = TypeVar("_T")
@@ -64,11 +66,63 @@ def apply_masks(
         raise ValueError(f"Expected block_bytes to be a positive multiple of 4, got {block_bytes}.")
     if values_M.dtype not in (np.uint32, np.uint16) or values_M.ndim != 1 or not values_M.flags.c_contiguous:
         raise ValueError("Expected a contiguous flat array of uint32 or uint16.")
-    work = [(key, add_into) for key in plus] + [(key, subtract_into) for key in minus]
-    if any(len(key) != 32 for key, _ in work):
-        raise ValueError("Expected keys of 32 bytes.")
-    spans = _spans(values_M, processors() if threads is None else threads)
-    in_parallel(lambda span: _apply(span[1], work, span[0], block_bytes), spans)
+    work = _work(plus, minus)
+    width = values_M.itemsize
+
+    def apply(span: tuple[int, int]) -> None:
+        first, last = span
+        rest = iter(work)
+        while batch := [(_open(key, first * width), combine) for key, combine in islice(rest, STREAMS_AT_ONCE)]:
+            _apply_batch(values_M[first:last], batch, block_bytes)
+
+    in_parallel(apply, spans(values_M.size, width, threads))
+
+
+def mask_packed(
+    values_M: NDArray[np.uint32], plus: Sequence[bytes], minus: Sequence[bytes], ring_bits: int, out: NDArray[np.uint8]
+) -> None:
+    """Write ``values_M`` under the masks of the keys to ``out``, packed, without changing or copying it as a whole.
+
+    Args:
+        values_M: Flat values below 2^ring_bits.
+        plus: Keys of 32 bytes whose keystreams are added.
+        minus: Keys whose keystreams are subtracted.
+        ring_bits: Bits of a value.
+        out: As many bytes as the packed values take.
+
+    Raises:
+        ValueError: If a key has another length.
+    """
+    work, dtype = _work(plus, minus), np.dtype(word_type(ring_bits))
+    size = BLOCK_BYTES // dtype.itemsize
+
+    def mask(span: tuple[int, int]) -> None:
+        first, last = span
+        streams = [(_open(key, first * dtype.itemsize), combine) for key, combine in work]
+        block: Words = np.empty(size, dtype=dtype)
+        for start in range(first, last, size):
+            part = block[: min(size, last - start)]
+            np.copyto(part, values_M[start : start + part.size], casting="unsafe")
+            _apply_batch(part, streams, BLOCK_BYTES)
+            pack_into(part, ring_bits, out[start * ring_bits // 8 :])
+
+    in_parallel(mask, spans(values_M.size, dtype.itemsize))
+
+
+def spans(length: int, width: int, threads: int | None = None) -> list[tuple[int, int]]:
+    """Return the parts of a vector that threads take: first value and the one after the last.
+
+    Each starts on a whole cipher block and, packed, on a whole byte.
+
+    Args:
+        length: Number of values.
+        width: Bytes of a value in memory.
+        threads: Most parts; None for one per processor.
+    """
+    most = processors() if threads is None else threads
+    count = max(1, min(most, length * width // SPAN_BYTES))
+    step = max(1, -(-length // count // _AES_BLOCK)) * _AES_BLOCK
+    return [(first, min(first + step, length)) for first in range(0, length, step)]
 
 
 def processors() -> int:
@@ -95,30 +149,17 @@ def _pool() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
-def _spans(values_M: Words, threads: int) -> list[tuple[int, Words]]:
-    """Return (first byte, view) of up to ``threads`` parts that start on whole cipher blocks."""
-    count = max(1, min(threads, values_M.nbytes // SPAN_BYTES))
-    step = -(-values_M.nbytes // count // _AES_BLOCK) * _AES_BLOCK or _AES_BLOCK
-    width = values_M.itemsize
-    return [(at, values_M[at // width : (at + step) // width]) for at in range(0, values_M.nbytes, step)]
-
-
-def _apply(
-    values_M: Words,
-    work: Sequence[tuple[bytes, Callable[[Words, Words], None]]],
-    first_byte: int,
-    block_bytes: int,
-) -> None:
-    """Apply all keystreams, from ``first_byte`` on, to one span."""
-    rest = iter(work)
-    while batch := [(_open(key, first_byte), combine) for key, combine in islice(rest, STREAMS_AT_ONCE)]:
-        _apply_batch(values_M, batch, block_bytes)
+def _work(plus: Sequence[bytes], minus: Sequence[bytes]) -> Sequence[tuple[bytes, Callable[[Words, Words], None]]]:
+    """Return each key with what is done with its keystream."""
+    if any(len(key) != 32 for key in (*plus, *minus)):
+        raise ValueError("Expected keys of 32 bytes.")
+    return [(key, add_into) for key in plus] + [(key, subtract_into) for key in minus]
 
 
 def _apply_batch(values_M: Words, streams: Sequence[_Stream], block_bytes: int) -> None:
-    """Run all ``streams`` over ``values_M``, block by block."""
+    """Run all ``streams`` on over ``values_M``, block by block."""
     block_bytes = min(block_bytes, max(values_M.nbytes, 4))
-    zeros = memoryview(bytes(block_bytes))
+    zeros = memoryview(_ZEROS if block_bytes <= BLOCK_BYTES else bytes(block_bytes))
     buffer = bytearray(block_bytes + _SLACK_BYTES)
     words: Words = np.frombuffer(buffer, dtype=values_M.dtype, count=block_bytes // values_M.itemsize)
     for part in _blocks(values_M, words.size):

@@ -16,6 +16,7 @@ Shape legend: M values of a vector.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -89,17 +90,33 @@ def packed_bytes(length: int, ring_bits: int) -> int:
     return (length * ring_bits + 7) // 8
 
 
-def pack(words_M: Words, ring_bits: int) -> bytes | memoryview:
-    """Return the values modulo 2^ring_bits in packed form; a view where words and wire agree."""
-    if ring_bits in (16, 32):
-        return words_M.data.cast("B") if words_M.size else b""
+def pack(words_M: Words, ring_bits: int) -> bytes:
+    """Return the values modulo 2^ring_bits in packed form."""
     packed = bytearray(packed_bytes(words_M.size, ring_bits))
     out = np.frombuffer(packed, dtype=np.uint8)
     for start in range(0, words_M.size, _CHUNK):
-        first = start * ring_bits // 8
-        part = words_M[start : start + _CHUNK]
-        _pack_part(part, ring_bits, out[first : first + packed_bytes(part.size, ring_bits)])
-    return memoryview(packed)
+        pack_into(words_M[start : start + _CHUNK], ring_bits, out[start * ring_bits // 8 :])
+    return bytes(packed)
+
+
+def pack_into(part_M: Words, ring_bits: int, out: NDArray[np.uint8]) -> None:
+    """Write values modulo 2^ring_bits to the start of ``out`` in packed form."""
+    size = packed_bytes(part_M.size, ring_bits)
+    if ring_bits in (16, 32):
+        out[:size] = part_M.view(np.uint8)
+        return
+    if ring_bits == 24:
+        columns = part_M.view(np.uint8).reshape(-1, 4)
+    else:  # 20 bits: two values fill five bytes
+        pairs = np.zeros((part_M.size + 1) // 2, dtype=np.uint64)
+        pairs |= part_M[0::2] & mask_of(20)
+        pairs[: part_M.size // 2] |= (part_M[1::2] & mask_of(20)).astype(np.uint64) << np.uint64(20)
+        columns = pairs.view(np.uint8).reshape(-1, 8)
+    width = 3 if ring_bits == 24 else 5
+    whole = size // width
+    for place in range(width):
+        out[place : whole * width : width] = columns[:whole, place]
+    out[whole * width : size] = columns[whole:, : size - whole * width].ravel()
 
 
 def add_packed(total_M: Words, buffer: bytes | memoryview, offset: int, ring_bits: int) -> None:
@@ -113,7 +130,7 @@ def add_packed(total_M: Words, buffer: bytes | memoryview, offset: int, ring_bit
         offset: Where the values start.
         ring_bits: Bits of a value.
     """
-    period = 8 // int(np.gcd(8, ring_bits))  # after so many values a value starts on a whole byte again
+    period = 8 // math.gcd(8, ring_bits)  # after so many values a value starts on a whole byte again
     for phase in range(period):
         lane = total_M[phase::period]
         byte, shift = divmod(phase * ring_bits, 8)
@@ -146,19 +163,3 @@ def add_into(total_M: Words, values_M: Words) -> None:
 def subtract_into(total_M: Words, values_M: Words) -> None:
     """Subtract ``values_M`` from ``total_M`` modulo the word, in place."""
     np.subtract(total_M, values_M, out=total_M)
-
-
-def _pack_part(part: Words, ring_bits: int, out: NDArray[np.uint8]) -> None:
-    """Pack some values (a multiple of 8, but at the end) into ``out``."""
-    if ring_bits == 24:
-        columns = part.view(np.uint8).reshape(-1, 4)
-    else:  # 20 bits: two values fill five bytes
-        pairs = np.zeros((part.size + 1) // 2, dtype=np.uint64)
-        pairs |= part[0::2] & mask_of(20)
-        pairs[: part.size // 2] |= (part[1::2] & mask_of(20)).astype(np.uint64) << np.uint64(20)
-        columns = pairs.view(np.uint8).reshape(-1, 8)
-    width = 3 if ring_bits == 24 else 5
-    whole = out.size // width
-    for place in range(width):
-        out[place : whole * width : width] = columns[:whole, place]
-    out[whole * width :] = columns[whole:, : out.size - whole * width].ravel()

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from privfed.errors import EquivocationError, MessageError, StageError, ThresholdError
 from privfed.secagg import keys as k
 from privfed.secagg.frame import Frame, Stage
-from privfed.secagg.keystream import apply_masks
+from privfed.secagg.keystream import apply_masks, in_parallel, spans
 from privfed.secagg.recover import mask_keys
 from privfed.secagg.ring import UInt32, Words, add_packed, reduced, word_type
 from privfed.secagg.session import SessionParams
@@ -136,7 +136,7 @@ class ServerSession:
             raise EquivocationError(
                 f"Client {self._wire.name(got.sender)!r} masked against other clients than those that shared."
             )
-        add_packed(self._total_M, got.frame.message, got.frame.payload_at, self._params.ring_bits)
+        self._add(got.frame)
         self._confirmed[got.sender] = got.confirmations
         return self._wire.name(got.sender)
 
@@ -212,6 +212,14 @@ class ServerSession:
         self._replies, self._sealed, self._shared = {}, {}, {}
         names = tuple(self._wire.name(number) for number in sorted(self._confirmed))
         return reduced(total_M, self._params.ring_bits), names
+
+    def _add(self, got: Frame) -> None:
+        """Add a packed vector to the running sum, by threads where it is long."""
+        bits, message, start = self._params.ring_bits, got.message, got.payload_at
+        parts = spans(self._total_M.size, self._total_M.itemsize)
+        in_parallel(
+            lambda part: add_packed(self._total_M[slice(*part)], message, start + part[0] * bits // 8, bits), parts
+        )
 
     def _check_sender(self, got: Frame, stage: Stage, known: Container[int], seen: Container[int]) -> None:
         """Refuse a tagged message of a stranger, a second one, and one that its client did not make."""

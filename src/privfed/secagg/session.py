@@ -77,6 +77,10 @@ class Requirements:
         if not (self.sigma >= 20 and self.eta >= 1 and math.isfinite(self.sigma + self.eta)):
             raise ConfigError(f"Got sigma = {self.sigma:g} and eta = {self.eta:g}; expected at least 20 and 1 bits.")
 
+    def most_corrupt(self, n: int) -> int:
+        """Return how many of ``n`` clients may be corrupt."""
+        return at_most(self.corrupt, n)
+
     def least_survivors(self, n: int) -> int:
         """Return n_min for a cohort of ``n``.
 
@@ -84,7 +88,7 @@ class Requirements:
             ConfigError: If that many cannot be had, or would be too few to be safe.
         """
         _check_count(n)
-        left, corrupt = n - at_most(self.dropped, n), at_most(self.corrupt, n)
+        left, corrupt = n - at_most(self.dropped, n), self.most_corrupt(n)
         least = left if self.n_min is None else self.n_min
         safe = max((n + corrupt) // 2 + 1, corrupt + 2)
         if safe > n:
@@ -183,7 +187,7 @@ class SessionParams:
             degree=degree,
             threshold=threshold,
             n_min=requirements.least_survivors(len(clients)),
-            corrupt=at_most(requirements.corrupt, len(clients)),
+            corrupt=requirements.most_corrupt(len(clients)),
             length=length,
             ring_bits=ring_bits,
         )
@@ -217,7 +221,7 @@ def degree_and_threshold(n: int, requirements: Requirements) -> tuple[int, int]:
         ConfigError: If the requirements cannot be met.
     """
     least = requirements.least_survivors(n)
-    corrupt = at_most(requirements.corrupt, n)
+    corrupt = requirements.most_corrupt(n)
     complete = n - 1, (n + corrupt) // 2 + 1
     if n <= COMPLETE_UP_TO:
         return complete

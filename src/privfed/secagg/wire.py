@@ -23,9 +23,12 @@ Source: Bonawitz et al. 2017, figure 4 (rounds 0 to 4).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from privfed.errors import AuthenticityError, MessageError
 from privfed.secagg import frame
@@ -33,7 +36,7 @@ from privfed.secagg.frame import Frame, Limits, Stage
 from privfed.secagg.graph import from_bitmap, session_graph, to_bitmap
 from privfed.secagg.identity import SIGNATURE_BYTES, Identity, check_signature
 from privfed.secagg.keys import KEY_BYTES, TAG_BYTES, PublicKeys, same, tag
-from privfed.secagg.ring import Words, pack, padding_is_zero
+from privfed.secagg.ring import padding_is_zero
 from privfed.secagg.session import SessionParams
 from privfed.secagg.shamir import SHARE_BYTES, is_share
 
@@ -152,12 +155,22 @@ class Wire:
         return got.party, sharers, self._parts(got, self.near(got.party, sharers), SEALED_BYTES)
 
     def encode_masked(
-        self, sender: int, key: bytes, sharers: Iterable[int], confirmations: Mapping[int, bytes], masked_M: Words
+        self,
+        sender: int,
+        key: bytes,
+        sharers: Iterable[int],
+        confirmations: Mapping[int, bytes],
+        fill: Callable[[NDArray[np.uint8]], None],
     ) -> bytes:
-        """Return a MASKED message, tagged with ``key``."""
+        """Return a MASKED message, tagged with ``key``; ``fill`` writes the packed vector to where it is told."""
         joined = b"".join(confirmations[other] for other in sorted(confirmations))
-        payload = pack(masked_M, self.params.ring_bits)
-        return self._tagged(Stage.MASKED, sender, key, [to_bitmap(sharers, self.n), joined], payload)
+        size = self.params.payload_bytes
+        start = frame.head(Stage.MASKED, self.context, sender, [to_bitmap(sharers, self.n), joined], size)
+        message = bytearray(len(start) + size + TAG_BYTES)
+        message[: len(start)] = start
+        fill(np.frombuffer(message, dtype=np.uint8)[len(start) : len(start) + size])
+        message[-TAG_BYTES:] = tag(key, memoryview(message)[:-TAG_BYTES])
+        return bytes(message)
 
     def decode_masked(self, message: bytes) -> MaskedInput:
         """Return a MASKED message's parts; the vector stays packed, in the frame."""
@@ -256,7 +269,7 @@ class Wire:
     def _server(self, stage: Stage, recipient: int, fields: Any, payload: bytes = b"") -> bytes:
         return frame.with_checksum(frame.head(stage, self.context, recipient, fields, len(payload)) + payload)
 
-    def _tagged(self, stage: Stage, sender: int, key: bytes, fields: Any, payload: bytes | memoryview) -> bytes:
+    def _tagged(self, stage: Stage, sender: int, key: bytes, fields: Any, payload: bytes) -> bytes:
         start = frame.head(stage, self.context, sender, fields, len(payload))
         return b"".join((start, payload, tag(key, start, payload)))
 

@@ -7,7 +7,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privfed.secagg.keystream import BLOCK_BYTES, SPAN_BYTES, STREAMS_AT_ONCE, apply_masks
+from privfed.secagg.keystream import BLOCK_BYTES, SPAN_BYTES, STREAMS_AT_ONCE, apply_masks, mask_packed
+from privfed.secagg.ring import RING_BITS, pack, packed_bytes, word_type
 
 EDGE = BLOCK_BYTES // 4
 
@@ -52,6 +53,18 @@ def test_threads_do_not_change_the_result(dtype: type, length: int) -> None:
         found.append(values)
     assert all(np.array_equal(found[0], other) for other in found)
     assert not np.array_equal(found[0], np.arange(length).astype(dtype))
+
+
+@pytest.mark.parametrize("ring_bits", RING_BITS)
+@pytest.mark.parametrize("length", [0, 1, 7, BLOCK_BYTES // 4 + 3, SPAN_BYTES + 5])
+def test_masking_into_the_message_is_masking_and_then_packing(ring_bits: int, length: int) -> None:
+    values = np.random.default_rng(7).integers(0, 2**ring_bits, length, dtype=np.uint32)
+    before, plus, minus = values.copy(), [b"a" * 32, b"b" * 32], [b"c" * 32]
+    out = np.zeros(packed_bytes(length, ring_bits), dtype=np.uint8)
+    mask_packed(values, plus, minus, ring_bits, out)
+    words = values.astype(word_type(ring_bits))
+    apply_masks(words, plus, minus)
+    assert out.tobytes() == pack(words, ring_bits) and np.array_equal(values, before)
 
 
 def test_words_of_16_bits_use_half_the_keystream() -> None:

@@ -80,7 +80,7 @@ def test_packing_is_by_the_definition_and_adding_unpacks(data: st.DataObject, ri
     values = data.draw(st.lists(st.integers(0, 2**ring_bits - 1), max_size=37))
     before = data.draw(st.integers(0, 2**16 - 1))
     words = np.array(values, dtype=word_type(ring_bits))
-    packed = bytes(pack(words, ring_bits))
+    packed = pack(words, ring_bits)
     assert packed == bits_of(values, ring_bits) and len(packed) == packed_bytes(len(values), ring_bits)
     total = np.full(len(values), before, dtype=word_type(ring_bits))
     add_packed(total, b"x" * offset + packed + b"\xff" * READ_AHEAD, offset, ring_bits)
@@ -92,7 +92,7 @@ def test_packing_is_by_the_definition_and_adding_unpacks(data: st.DataObject, ri
 def test_packing_drops_bits_above_the_ring_at_every_chunk(ring_bits: int, length: int) -> None:
     words = np.random.default_rng(3).integers(0, 2**32, length, dtype=np.uint32).astype(word_type(ring_bits))
     total = np.zeros_like(words)
-    add_packed(total, bytes(pack(words, ring_bits)) + bytes(READ_AHEAD), 0, ring_bits)
+    add_packed(total, pack(words, ring_bits) + bytes(READ_AHEAD), 0, ring_bits)
     assert np.array_equal(reduced(total, ring_bits), wrap(words, ring_bits))
 
 

@@ -24,7 +24,7 @@ from privfed.secagg.degree import find_degree
 from privfed.secagg.frame import VERSION
 from privfed.secagg.graph import Graph
 from privfed.secagg.keystream import apply_masks
-from privfed.secagg.ring import RING_BITS, pack, word_type
+from privfed.secagg.ring import RING_BITS, pack, pack_into, word_type
 from privfed.secagg.shamir import PRIME, combine, evaluate, lagrange_weights
 from privfed.secagg.wire import CARD_BYTES, SEALED_BYTES, Card, Wire
 
@@ -58,7 +58,7 @@ def keystream_vectors() -> dict[str, Any]:
         for length in (0, 1, 5, 17):
             values = np.arange(length).astype(word_type(ring_bits))
             apply_masks(values, [fixed("plus")], [fixed("minus")])
-            cases.append({"ring_bits": ring_bits, "length": length, "packed": bytes(pack(values, ring_bits)).hex()})
+            cases.append({"ring_bits": ring_bits, "length": length, "packed": pack(values, ring_bits).hex()})
     return {"plus": fixed("plus").hex(), "minus": fixed("minus").hex(), "cases": cases}
 
 
@@ -129,6 +129,10 @@ def good_messages() -> dict[str, bytes]:
     sealed = {number: fixed(f"sealed {number}", SEALED_BYTES) for number in (1, 2)}
     confirmed = {number: fixed(f"confirmed {number}", 16) for number in (1, 2)}
     masked_M = np.array([0, 1, 2**20 - 1], dtype=np.uint32)
+
+    def put(out: np.ndarray) -> None:
+        pack_into(masked_M, 20, out)
+
     agreed = {
         number: wire.encode_agree(number, range(3), [0, 1], person)[-64:]
         for number, person in enumerate(PEOPLE.values())
@@ -139,7 +143,9 @@ def good_messages() -> dict[str, bytes]:
         "roster": wire.encode_roster(0, fixed("server"), cards),
         "share": wire.encode_share(0, fixed("tag key 3"), range(3), sealed),
         "shares": wire.encode_shares(0, range(3), sealed),
-        "masked": wire.encode_masked(0, fixed("tag key 5"), range(3), confirmed, masked_M),
+        "masked": wire.encode_masked(
+            0, fixed("tag key 5"), range(3), confirmed, lambda out: pack_into(masked_M, 20, out)
+        ),
         "survivors": wire.encode_survivors(0, [0, 1], {1: confirmed[1]}),
         "agree": wire.encode_agree(0, range(3), [0, 1], PEOPLE["ann"]),
         "agreement": wire.encode_agreement(0, agreed),

@@ -1,0 +1,31 @@
+"""The cost of a run's own masked sums, and that what it says is what a round sends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from privfed.errors import ConfigError
+from privfed.federation.cost import run_cost
+from privfed.federation.setup import trained_values
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_the_cost_is_that_of_a_real_round(federation: Callable[..., Any], weighting: str) -> None:
+    run = federation(privacy={"unit": "none"}, server={"cohort_size": 4, "weighting": weighting})
+    _, report = run.round()
+    cost = run_cost(run.config)
+    assert cost["values"] == run.phase.layout.size == trained_values(run.config, run.material)
+    assert cost["clients"] == 4 and cost == run_cost(run.config, length=cost["values"])
+    assert report.bytes_up == cost["nobody_dropped"]["server"]["bytes_up"]
+    broadcast = report.bytes_down - cost["nobody_dropped"]["server"]["bytes_down"]
+    assert broadcast > 4 * 4 * cost["values"] and broadcast < 4 * (4 * cost["values"] + 200)
+    assert any("4 clients a round" in line for line in cost["lines"])
+
+
+def test_a_run_without_masking_has_no_such_cost(federation: Callable[..., Any]) -> None:
+    run = federation(privacy={"unit": "none"}, secagg={"name": "none"})
+    with pytest.raises(ConfigError, match="there is no masked sum"):
+        run_cost(run.config, length=10)
