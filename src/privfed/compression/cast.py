@@ -58,11 +58,10 @@ class Cast(BaseCodec):
         Raises:
             ClientError: If a value is not finite or too large for the type.
         """
-        check_finite(vector_D)
-        largest = _LIMITS[self._dtype][0]
-        if vector_D.size and max(float(vector_D.max()), -float(vector_D.min())) > largest:
+        limit = _LIMITS[self._dtype][0]
+        if check_finite(vector_D) > limit:
             raise ClientError(
-                f'A value of the update is beyond {largest:g}, the largest of compression.dtype = "{self._dtype}": '
+                f'A value of the update is beyond {limit:g}, the largest of compression.dtype = "{self._dtype}": '
                 "lower the learning rate."
             )
         values_M = vector_D.astype(np.float16) if self._dtype == "float16" else _to_bfloat16(vector_D)

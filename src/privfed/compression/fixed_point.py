@@ -6,6 +6,8 @@ the largest magnitude stays below 2^(b-1), which :func:`largest_step_count` guar
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,15 +24,19 @@ def largest_step_count(ring_bits: int, clients: int) -> int:
     return ((1 << (ring_bits - 1)) - 1) // max(1, clients)
 
 
-def check_finite(vector_D: NDArray[np.floating]) -> None:
-    """Refuse NaN and infinity: no integer stands for them.
+def check_finite(vector_D: NDArray[np.floating]) -> float:
+    """Return the largest magnitude; refuse NaN and infinity, for no integer stands for them.
 
     Raises:
         ClientError: If a value is not finite.
     """
+    if not vector_D.size:
+        return 0.0
     # NaN passes through both reductions, which are faster than a test of each value
-    if vector_D.size and not (np.isfinite(vector_D.max()) and np.isfinite(vector_D.min())):
+    high, low = float(vector_D.max()), float(vector_D.min())
+    if not (math.isfinite(high) and math.isfinite(low)):
         raise ClientError("The update holds NaN or infinity and cannot be encoded: lower client.learning_rate.")
+    return max(high, -low)
 
 
 def to_ring(steps_M: NDArray[np.int64], bits: int) -> NDArray[np.uint32]:
@@ -54,7 +60,7 @@ def scaled_sum(encoded_sum: EncodedSum, bits: int | None) -> NDArray[np.float64]
 
 
 def stochastic_steps(
-    vector_M: Float32, step: float, levels: int, stream: PrivateStream, bits: int
+    vector_M: Float32, step: float, levels: int, stream: PrivateStream, bits: int, *, largest: float
 ) -> NDArray[np.uint32]:
     """Return each value rounded up or down at random to a whole number of steps, as residues modulo 2^bits.
 
@@ -68,11 +74,12 @@ def stochastic_steps(
         levels: Largest number of steps, below 2^15.
         stream: Source of the random bits.
         bits: Size of the residues.
+        largest: Magnitude of the largest value.
     """
     out_M = np.empty(vector_M.size, dtype=np.int32)
     scale = np.float32(2.0**_DITHER_BITS / step)
     top = np.float32(levels * 2.0**_DITHER_BITS)  # exact; with the random part it stays below 2^31
-    fits = not vector_M.size or max(vector_M.max(), -vector_M.min()) * scale <= top
+    fits = np.float32(largest) * scale <= top
     scaled = np.empty(min(_BLOCK, vector_M.size), dtype=np.float32)
     dither = np.empty(scaled.size, dtype=np.int32)
     for start in range(0, vector_M.size, _BLOCK):

@@ -24,6 +24,8 @@ from privfed.compression import (
     CodecState,
     Inner,
     Properties,
+    Ring,
+    RoundContext,
     declare_inner,
     plain_inner,
 )
@@ -63,6 +65,10 @@ class GlobalMask(Nested):
 
     name = "global_mask"
 
+    def __init__(self, config: GlobalMaskConfig, ring: Ring | None, context: RoundContext | None = None) -> None:
+        self._found: dict[int, NDArray[np.int64]] = {}
+        super().__init__(config, ring, context)
+
     @staticmethod
     def declared(config: GlobalMaskConfig, masked: bool) -> Properties:
         """Return what is true of it."""
@@ -80,8 +86,8 @@ class GlobalMask(Nested):
 
     def values(self, length: int) -> int:
         """Return K, or D in a round without a mask."""
-        mask_D = self._mask(length)
-        return length if mask_D is None else int(np.count_nonzero(mask_D))
+        mask_K = self._mask(length)
+        return length if mask_K is None else len(mask_K)
 
     def l2_bound(self, bound: float, length: int) -> float | None:
         """Return the bound; see the class."""
@@ -97,8 +103,8 @@ class GlobalMask(Nested):
         """
         self.context()
         check_finite(vector_D)
-        mask_D = self._mask(len(vector_D))
-        return self.inner_encode(vector_D if mask_D is None else vector_D[mask_D], len(vector_D), stream)
+        mask_K = self._mask(len(vector_D))
+        return self.inner_encode(vector_D if mask_K is None else vector_D[mask_K], len(vector_D), stream)
 
     def start_state(self, length: int) -> CodecState:  # noqa: ARG002
         """Return no mask: the first round sends everything."""
@@ -109,16 +115,16 @@ class GlobalMask(Nested):
     ) -> tuple[NDArray[np.float64], CodecState]:
         """Return the values in their places [D] and, after a round of all values, the mask for the next ones."""
         values = self.inner_expand(mean_M, length)
-        mask_D = self._mask(length)
+        mask_K = self._mask(length)
         age = int(state[AGE][0]) + 1
-        if mask_D is None:
+        if mask_K is None:
             vector_D = values
             flags_D = np.zeros(length, dtype=np.uint8)
             flags_D[largest(np.abs(vector_D), kept(self._config.density, length))] = 1
             mask, age = np.packbits(flags_D, bitorder="little"), 1
         else:
             vector_D, mask = np.zeros(length), state[MASK]
-            vector_D[mask_D] = values
+            vector_D[mask_K] = values
         if age >= self._config.refresh:
             mask, age = np.zeros(0, dtype=np.uint8), 0
         return vector_D, {MASK: mask, AGE: np.array([age], dtype=np.int64)}
@@ -127,13 +133,16 @@ class GlobalMask(Nested):
         """Return the mask, one bit a value; empty before a round of all values."""
         return {MASK: state[MASK]}
 
-    def _mask(self, length: int) -> NDArray[np.bool_] | None:
+    def _mask(self, length: int) -> NDArray[np.int64] | None:
+        """Return the positions [K] in the mask, ascending, or None without one."""
         packed = None if self._context is None else self._context.carried.get(MASK)
         if packed is None or not packed.size:
             return None
         if packed.dtype != np.uint8 or packed.shape != (-(-length // 8),):
             raise ProtocolError(f"The mask has {packed.size} bytes, expected {-(-length // 8)} for {length} values.")
-        return np.unpackbits(packed, count=length, bitorder="little").astype(np.bool_)
+        if length not in self._found:
+            self._found[length] = np.flatnonzero(np.unpackbits(packed, count=length, bitorder="little"))
+        return self._found[length]
 
 
 CODECS.register("global_mask")(CodecPlugin(config=GlobalMaskConfig, build=GlobalMask, declare=GlobalMask.declared))

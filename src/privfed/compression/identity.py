@@ -53,7 +53,7 @@ class Identity(BaseCodec):
         Raises:
             ClientError: If a value is not finite or, under masking, beyond ``max_value``.
         """
-        check_finite(vector_D)
+        largest = check_finite(vector_D)
         if self._ring is None:
             return Encoded(
                 values_M=vector_D,
@@ -63,7 +63,6 @@ class Identity(BaseCodec):
                 length=len(vector_D),
                 l2_bound=None,
             )
-        largest = float(np.abs(vector_D).max(initial=0.0))
         if largest > self._max_value:
             raise ClientError(
                 f"A value of the update is beyond compression.max_value = {self._max_value:g}: "

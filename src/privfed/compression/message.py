@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from privfed.compression import Codec, Wire
 from privfed.compression.bits import pack_bits, packed_size, unpack_bits
-from privfed.compression.fixed_point import from_ring
 from privfed.compression.positions import pack_positions, positions_size, unpack_positions
 from privfed.errors import ProtocolError
 from privfed.types import Encoded, EncodedSum
@@ -109,7 +108,10 @@ def signed_values(message: bytes, *, length: int) -> tuple[str, float, float, Si
 def signed(encoded: Encoded) -> Signed:
     """Return the values of an encoding without a ring, ready to add: signed integers, or floats."""
     if encoded.values_M.dtype == np.uint32:
-        return from_ring(encoded.values_M.astype(np.uint64), encoded.num_bits)
+        # as from_ring, in half the memory: the sign bit moved to the top and back
+        unused = 32 - encoded.num_bits
+        words = np.left_shift(encoded.values_M, np.uint32(unused), dtype=np.uint32).view(np.int32)
+        return np.right_shift(words, unused, out=words).astype(np.int64)
     return encoded.values_M.astype(np.float64)
 
 

@@ -21,11 +21,14 @@ from privfed.compression import (
     Wire,
     build_inner,
     no_context,
+    public_stream,
     renamed,
 )
 from privfed.errors import ConfigError
 from privfed.rng import PrivateStream
 from privfed.types import Encoded, EncodedSum
+
+Positions = NDArray[np.int64]
 
 
 class Nested(BaseCodec):
@@ -102,6 +105,17 @@ class Nested(BaseCodec):
         if self._context is None:
             raise no_context(self.name)
         return self._context
+
+
+def drawn(seed: bytes, length: int, count: int) -> tuple[Positions, Positions]:
+    """Return one position of each of ``count`` equal runs of ``length`` values, and the lengths of the runs.
+
+    Each position of a run is equally likely, to within 2^-52 of its probability times the run's length.
+    """
+    edges = np.arange(count + 1, dtype=np.int64) * length // count
+    runs_K = np.diff(edges)
+    within_K = public_stream(seed, "positions", length, count).uniform(count) * runs_K
+    return edges[:-1] + within_K.astype(np.int64), runs_K
 
 
 def kept(density: float, length: int) -> int:

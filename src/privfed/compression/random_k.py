@@ -22,12 +22,12 @@ from privfed.compression import (
     Inner,
     Properties,
     Ring,
+    RoundContext,
     declare_inner,
     plain_inner,
-    public_stream,
 )
 from privfed.compression.fixed_point import check_finite
-from privfed.compression.nested import Nested, check_feedback, kept
+from privfed.compression.nested import Nested, check_feedback, drawn, kept
 from privfed.rng import PrivateStream
 from privfed.table import Table
 from privfed.types import Encoded, Float32
@@ -62,8 +62,8 @@ class RandomK(Nested):
 
     name = "random_k"
 
-    def __init__(self, config: RandomKConfig, ring: Ring | None, context: object = None) -> None:
-        super().__init__(config, ring, context)  # type: ignore[arg-type]
+    def __init__(self, config: RandomKConfig, ring: Ring | None, context: RoundContext | None = None) -> None:
+        super().__init__(config, ring, context)
         self._drawn: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     @staticmethod
@@ -112,11 +112,7 @@ class RandomK(Nested):
     def _positions(self, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the round's positions [K], ascending, and the lengths of the runs they were drawn from [K]."""
         if length not in self._drawn:
-            count = self.values(length)
-            edges = np.arange(count + 1, dtype=np.int64) * length // count
-            runs_K = np.diff(edges)
-            within_K = public_stream(self.context().round_seed, "random_k", length).uniform(count) * runs_K
-            self._drawn[length] = edges[:-1] + within_K.astype(np.int64), runs_K
+            self._drawn[length] = drawn(self.context().round_seed, length, self.values(length))
         return self._drawn[length]
 
 

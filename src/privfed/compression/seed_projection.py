@@ -25,10 +25,9 @@ from privfed.compression import (
     declare_inner,
     float_slack,
     plain_inner,
-    public_stream,
 )
 from privfed.compression.fixed_point import check_finite
-from privfed.compression.nested import Nested, check_feedback
+from privfed.compression.nested import Nested, check_feedback, drawn
 from privfed.hadamard import padded_length, rotate, unrotate
 from privfed.rng import PrivateStream
 from privfed.table import Table
@@ -57,7 +56,8 @@ class SeedProjectionConfig(Table):
 class SeedProjection(Nested):
     """Sends K products of the update with orthonormal directions of the round.
 
-    Unbiased: a row is chosen with probability K / M and counts M / K times, and the rows of all M are a basis.
+    Unbiased: one row is drawn of each of K equal runs and counts as often as its run is long (M / K times), and all M
+    rows are a basis.
 
     ``l2_bound``: K coordinates in an orthonormal basis are not longer than the vector; rounding them to float32 adds
     what ``float_slack`` says, and the nested codec what it says of K values.
@@ -105,19 +105,16 @@ class SeedProjection(Nested):
         """Return the directions times their scalars, added up [D]."""
         values_K = self.inner_expand(mean_M, length)
         full_M = np.zeros(padded_length(length))
-        full_M[self._rows(length)] = values_K
-        if self._config.unbiased:
-            full_M *= full_M.size / len(values_K)
+        rows_K, runs_K = self._drawn(length)
+        full_M[rows_K] = values_K * runs_K if self._config.unbiased else values_K
         return unrotate(full_M, length, self.context().round_seed), state
 
     def _rows(self, length: int) -> NDArray[np.int64]:
-        """Return which K of the M rows, every set of them equally likely but for ties of 52-bit numbers."""
-        stream = public_stream(self.context().round_seed, "seed_projection", length)
-        order = stream.uniform(padded_length(length))
-        count = self.values(length)
-        if count >= order.size:
-            return np.arange(order.size, dtype=np.int64)
-        return np.sort(np.argpartition(order, count)[:count]).astype(np.int64)
+        """Return which K of the M rows: one of each of K equal runs."""
+        return self._drawn(length)[0]
+
+    def _drawn(self, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return drawn(self.context().round_seed, padded_length(length), self.values(length))
 
 
 CODECS.register("seed_projection")(

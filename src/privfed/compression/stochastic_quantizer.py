@@ -76,22 +76,20 @@ class StochasticQuantizer(BaseCodec):
         Raises:
             ClientError: If a value is not finite.
         """
-        check_finite(vector_D)
+        largest = check_finite(vector_D)
         if self._config.range == "l2":
-            norm = float(np.linalg.norm(vector_D.astype(np.float64)))
-            if norm > self._config.max_value:
-                vector_D = vector_D * np.float32(self._config.max_value / norm)
+            vector_D = self._within(vector_D)
         bits = self._config.bits if self._ring is None else self._ring.bits
         return Encoded(
             values_M=self._one_bit(vector_D, stream)
             if self._config.bits == 1
-            else stochastic_steps(vector_D, self._step, self._levels, stream, bits),
+            else stochastic_steps(vector_D, self._step, self._levels, stream, bits, largest=largest),
             codec=self.name,
             num_bits=bits,
             scale=self._step,
             length=len(vector_D),
             l2_bound=None,
-            saturated=self._beyond(vector_D),
+            saturated=self._beyond(vector_D, largest),
         )
 
     def wire(self, length: int) -> Wire:
@@ -109,11 +107,15 @@ class StochasticQuantizer(BaseCodec):
         """Return signs that are -1 with probability (1 - x / max) / 2."""
         top = np.float32(self._config.max_value)
         below_D = (np.clip(vector_D, -top, top) - top) * np.float32(0.5)  # [-max, 0]: rounds to 0 or to one step down
-        return signs(stochastic_steps(below_D, self._step, 1, stream, 1), self._ring)
+        return signs(stochastic_steps(below_D, self._step, 1, stream, 1, largest=float(top)), self._ring)
 
-    def _beyond(self, vector_D: Float32) -> int:
+    def _within(self, vector_D: Float32) -> Float32:
+        norm = float(np.linalg.norm(vector_D.astype(np.float64)))
+        return vector_D * np.float32(self._config.max_value / norm) if norm > self._config.max_value else vector_D
+
+    def _beyond(self, vector_D: Float32, largest: float) -> int:
         top = self._config.max_value
-        if self._config.range == "l2" or not vector_D.size or max(float(vector_D.max()), -float(vector_D.min())) <= top:
+        if self._config.range == "l2" or largest <= top:
             return 0
         return int(np.count_nonzero(np.abs(vector_D) > top))
 

@@ -22,6 +22,7 @@ from privfed.compression import (
     Inner,
     Properties,
     Ring,
+    RoundContext,
     Wire,
     declare_inner,
     plain_inner,
@@ -59,13 +60,13 @@ class TopK(Nested):
 
     name = "top_k"
 
-    def __init__(self, config: TopKConfig, ring: Ring | None, context: object = None) -> None:
+    def __init__(self, config: TopKConfig, ring: Ring | None, context: RoundContext | None = None) -> None:
         if ring is not None:
             raise ConfigError(
                 'compression.name = "top_k" sends other positions from each client, which do not add up under '
                 'secagg.name = "masked": use compression.name = "random_k" or "count_sketch", or secagg.name = "none".'
             )
-        super().__init__(config, ring, context)  # type: ignore[arg-type]
+        super().__init__(config, ring, context)
 
     @staticmethod
     def declared(config: TopKConfig, masked: bool) -> Properties:
