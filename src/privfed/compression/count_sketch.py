@@ -157,7 +157,7 @@ class CountSketch(Nested):
 _Hashes = tuple[tuple[NDArray[np.int32], ...], tuple[NDArray[np.int8], ...], tuple[int, ...]]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _hashes(seed: bytes, length: int, rows: int, columns: int) -> _Hashes:
     """Return the bucket [D] and sign [D] of each value in each row, and each row's largest load."""
     stream = public_stream(hashlib.sha256(seed).digest(), "count_sketch", length, rows, columns)

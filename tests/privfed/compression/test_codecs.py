@@ -226,6 +226,27 @@ def test_a_smaller_bound_would_be_exceeded(case):
     assert exceeded(case, None, hard_vectors(240, seed=9), factor=0.5) > 0
 
 
+@ALL
+def test_one_client_changes_the_sum_by_at_most_the_bound(case):
+    """What noise is scaled to: the sum of a cohort with and without a client, given what the first pass released."""
+    for ring in rings(case):
+        cohort = updates(2 if ring else 6, seed=8)
+        for made in passes(at(case), cohort[0]) if ring is None else [at(case, ring)]:
+            encoded = [made.encode(update, stream(i)) for i, update in enumerate(cohort)]
+            whole = made.linear_sum(total_of(made, encoded, ring))
+            for i, update in enumerate(cohort):
+                without = made.linear_sum(total_of(made, encoded[:i] + encoded[i + 1 :], ring))
+                bound = made.l2_bound(float(np.linalg.norm(update.astype(np.float64))), LENGTH)
+                assert np.linalg.norm(whole - without) <= bound * (1 + 1e-9)
+
+
+def test_noise_has_to_come_before_what_follows_the_sum():
+    """Scaled up, the values of ``random_k`` are longer than the bound of the sum: noise after that is too small."""
+    made, vector_D = at("random_k"), updates(1)[0]
+    bound = made.l2_bound(float(np.linalg.norm(vector_D)), LENGTH)
+    assert np.linalg.norm(linear(made, vector_D)) <= bound < np.linalg.norm(decoded(made, vector_D))
+
+
 def test_the_bound_of_a_quantizer_needs_its_rounding():
     """The norm alone does not bound what is decoded: a vector between grid points is rounded up."""
     made, vector_D = at("quantizer"), np.full(LENGTH, 0.001, dtype=np.float32)
