@@ -100,20 +100,23 @@ class Encoded:
     """A codec's output for one vector.
 
     Attributes:
-        values_M: Unsigned integers below 2^num_bits (uint32), or float32 for a codec that sends floats.
+        values_M: Unsigned integers below 2^num_bits (uint32), or floats for a codec that sends them: float32 (with
+            num_bits = 16 they are exact in bfloat16) or float16.
         num_bits: Bits of a value on the wire.
         scale: What one integer step is worth; 1 for floats. Shared by all clients where the codec is summable.
         length: D, the length of the vector that was encoded.
         saturated: How many values lay outside the codec's range and were cut to it.
+        indices_M: For a sparse message, where in the vector its values lie, ascending; else None.
     """
 
-    values_M: NDArray[np.uint32] | Float32 = field(repr=False)
+    values_M: NDArray[np.uint32] | Float32 | NDArray[np.float16] = field(repr=False)
     codec: str
     num_bits: int
     scale: float
     length: int
     l2_bound: float | None
     saturated: int = 0
+    indices_M: NDArray[np.int64] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,11 +6,17 @@ the largest magnitude stays below 2^(b-1), which :func:`largest_step_count` guar
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 from privfed.errors import ClientError
+from privfed.rng import PrivateStream
 from privfed.types import EncodedSum, Float32
+
+_BLOCK = 1 << 15  # values worked on at a time: 128 KiB, what a core's cache holds beside its sources
+_DITHER_BITS = 16
 
 
 def largest_step_count(ring_bits: int, clients: int) -> int:
@@ -27,14 +33,19 @@ def least_ring(largest: int, clients: int) -> int:
     return fitting[0] if fitting else 32
 
 
-def check_finite(vector_D: Float32) -> None:
-    """Refuse NaN and infinity: no integer stands for them.
+def check_finite(vector_D: NDArray[np.floating]) -> float:
+    """Return the largest magnitude; refuse NaN and infinity, for no integer stands for them.
 
     Raises:
         ClientError: If a value is not finite.
     """
-    if not np.isfinite(vector_D).all():
+    if not vector_D.size:
+        return 0.0
+    # NaN passes through both reductions, which are faster than a test of each value
+    high, low = float(vector_D.max()), float(vector_D.min())
+    if not (math.isfinite(high) and math.isfinite(low)):
         raise ClientError("The update holds NaN or infinity and cannot be encoded: lower client.learning_rate.")
+    return max(high, -low)
 
 
 def to_ring(steps_M: NDArray[np.int64], bits: int) -> NDArray[np.uint32]:
@@ -44,12 +55,52 @@ def to_ring(steps_M: NDArray[np.int64], bits: int) -> NDArray[np.uint32]:
 
 def from_ring(sum_M: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
     """Return the signed integers whose residues modulo 2^bits are ``sum_M``."""
-    half = 1 << (bits - 1)
-    signed: NDArray[np.int64] = sum_M.astype(np.int64)
-    return np.where(signed >= half, signed - (1 << bits), signed)
+    # the sign bit moved to the top of the word and back: the arithmetic shift extends it
+    signed = np.left_shift(sum_M, np.uint64(64 - bits), dtype=np.uint64).view(np.int64)
+    return np.right_shift(signed, 64 - bits, out=signed)
 
 
 def scaled_sum(encoded_sum: EncodedSum, bits: int | None) -> NDArray[np.float64]:
     """Return the decoded sum [D]; ``bits`` is the ring's, or None where integers were added without one."""
-    total = encoded_sum.sum_M.astype(np.int64) if bits is None else from_ring(encoded_sum.sum_M.astype(np.uint64), bits)
-    return total.astype(np.float64) * encoded_sum.scale
+    total = encoded_sum.sum_M
+    if bits is not None:
+        total = from_ring(total.astype(np.uint64, copy=False), bits)
+    return np.multiply(total, encoded_sum.scale, dtype=np.float64)
+
+
+def stochastic_steps(
+    vector_M: Float32, step: float, levels: int, stream: PrivateStream, bits: int, *, largest: float
+) -> NDArray[np.uint32]:
+    """Return each value rounded up or down at random to a whole number of steps, as residues modulo 2^bits.
+
+    A value becomes an integer of steps / 2^16, a random integer below 2^16 is added and the lower half is dropped: the
+    expectation is the value, to 2^-16 of a step (and to float32's own rounding of value / step). Results are within
+    [-levels, levels] and less than one step from the value, after that rounding (at most 2^-22 of the value).
+
+    Args:
+        vector_M: Finite values, of magnitude at most ``step * levels``; larger ones are cut.
+        step: Width of a step.
+        levels: Largest number of steps, below 2^15.
+        stream: Source of the random bits.
+        bits: Size of the residues.
+        largest: Magnitude of the largest value.
+    """
+    out_M = np.empty(vector_M.size, dtype=np.int32)
+    scale = np.float32(2.0**_DITHER_BITS / step)
+    top = np.float32(levels * 2.0**_DITHER_BITS)  # exact; with the random part it stays below 2^31
+    fits = np.float32(largest) * scale <= top
+    scaled = np.empty(min(_BLOCK, vector_M.size), dtype=np.float32)
+    dither = np.empty(scaled.size, dtype=np.int32)
+    for start in range(0, vector_M.size, _BLOCK):
+        out = out_M[start : start + _BLOCK]
+        part, noise = scaled[: out.size], dither[: out.size]
+        np.multiply(vector_M[start : start + _BLOCK], scale, out=part)
+        if not fits:
+            np.clip(part, -top, top, out=part)
+        np.copyto(out, part, casting="unsafe")
+        np.copyto(noise, stream.raw(2 * out.size).view(np.uint16))
+        np.add(out, noise, out=out)
+        np.right_shift(out, _DITHER_BITS, out=out)
+        if bits < 32:
+            np.bitwise_and(out, (1 << bits) - 1, out=out)
+    return out_M.view(np.uint32)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from privfed.compression import CODECS, CodecPlugin, Ring
+from privfed.compression import CODECS, BaseCodec, CodecPlugin, Properties, Ring, Wire
 from privfed.compression.fixed_point import check_finite, largest_step_count, scaled_sum, to_ring
 from privfed.errors import ClientError, ConfigError
 from privfed.rng import PrivateStream
@@ -28,20 +28,19 @@ class IdentityConfig(Table):
     max_value: float = Field(default=16.0, gt=0)
 
 
-class Identity:
+class Identity(BaseCodec):
     """Sends values as they are (float32), or rounded to the nearest fixed-point step in a ring.
 
     ``l2_bound``: rounding to the nearest step moves each of D values by at most half a step, so the norm grows
     by at most step * sqrt(D) / 2 (triangle inequality); float32 leaves it unchanged.
     """
 
-    summable = True
-    shared_support = True
+    name = "identity"
 
     def __init__(self, config: IdentityConfig, ring: Ring | None) -> None:
         self._ring = ring
         self._max_value = config.max_value
-        self.unbiased = ring is None  # nearest rounding is off by less than half a step
+        self.properties = _declare(config, ring is not None)
         self._step = 1.0 if ring is None else config.max_value / self._step_count(ring)
 
     @staticmethod
@@ -62,7 +61,7 @@ class Identity:
         Raises:
             ClientError: If a value is not finite or, under masking, beyond ``max_value``.
         """
-        check_finite(vector_D)
+        largest = check_finite(vector_D)
         if self._ring is None:
             return Encoded(
                 values_M=vector_D,
@@ -72,7 +71,6 @@ class Identity:
                 length=len(vector_D),
                 l2_bound=None,
             )
-        largest = float(np.abs(vector_D).max(initial=0.0))
         if largest > self._max_value:
             raise ClientError(
                 f"A value of the update is beyond compression.max_value = {self._max_value:g}: "
@@ -89,11 +87,22 @@ class Identity:
             l2_bound=None,
         )
 
-    def decode_sum(self, encoded_sum: EncodedSum) -> NDArray[np.float64]:
+    def wire(self, length: int) -> Wire:
+        """Return D float32 values, or integers of the ring's size."""
+        if self._ring is None:
+            return Wire(values=length, num_bits=32, kind="float32")
+        return Wire(values=length, num_bits=self._ring.bits, kind="integer")
+
+    def linear_sum(self, encoded_sum: EncodedSum) -> NDArray[np.float64]:
         """Return the sum of the vectors [D]."""
         if self._ring is None:
             return encoded_sum.sum_M.astype(np.float64)
         return scaled_sum(encoded_sum, self._ring.bits)
 
 
-CODECS.register("identity")(CodecPlugin(config=IdentityConfig, build=Identity))
+def _declare(_config: IdentityConfig, masked: bool) -> Properties:
+    # nearest rounding, in a ring, is off by less than half a step
+    return Properties(summable=True, shared_support=True, unbiased=not masked, downlink=True)
+
+
+CODECS.register("identity")(CodecPlugin(config=IdentityConfig, build=Identity, declare=_declare))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import msgpack
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from loop import CASES, LENGTH, at, stream
 
 from privfed.compression import CODECS
-from privfed.compression.message import pack_bits, signed_values, to_bytes, unpack_bits
+from privfed.compression.message import pack_bits, read, signed_values, to_bytes, unpack_bits
+from privfed.compression.positions import pack_positions, positions_size, unpack_positions
 from privfed.errors import ProtocolError
 from privfed.rng import PrivateStream
 
@@ -35,13 +39,15 @@ def test_packing_is_exact_and_has_no_gaps(bits, data):
         unpack_bits(packed + b"\0", bits, len(values))
 
 
-@pytest.mark.parametrize("bits", range(2, 17))
+@pytest.mark.parametrize("bits", range(1, 17))
 def test_round_trip_of_every_width(bits):
     one = encoded(bits=bits)
     client, weight, scale, values_D = signed_values(to_bytes(one, client_id="c", weight=0.5), length=101)
     assert (client, weight, scale) == ("c", 0.5, one.scale)
     original_D = np.random.default_rng(3).uniform(-0.05, 0.05, 101).astype(np.float32)
-    assert np.abs(values_D * scale - original_D).max() < scale
+    if bits == 1:  # a bit that is set stands for -1
+        values_D = 1 + 2 * values_D
+    assert np.abs(values_D * scale - original_D).max() < (2 if bits == 1 else 1.01) * scale
 
 
 def test_round_trip_of_floats():
@@ -85,7 +91,7 @@ def forged(fields, payload=bytes(12)):
     return len(header).to_bytes(2, "little") + header + payload
 
 
-GOOD = [1, "c", "identity", 32, 1.0, 3, 1.0, True]
+GOOD = [2, "c", "identity", 1, 32, 1.0, 3, 3, 1.0, False]
 
 
 def changed(place, value):
@@ -96,12 +102,14 @@ def changed(place, value):
     "fields",
     [
         GOOD[:-1], [*GOOD, 0], "text", 7, None, {"a": 1}, {1: 2},
-        changed(0, 2), changed(0, "1"), changed(1, 5),
-        changed(3, 0), changed(3, 33), changed(3, "8"), changed(3, None), changed(3, 8.5),
-        changed(4, "x"), changed(4, None), changed(4, float("nan")), changed(4, 0.0), changed(4, -1.0),
-        changed(5, "3"), changed(5, -1), changed(5, 3.0),
-        changed(6, None), changed(6, "1"), changed(6, float("nan")), changed(6, float("inf")), changed(6, -1.0),
-        changed(7, 1), changed(7, None),
+        changed(0, 1), changed(0, "2"), changed(0, True), changed(1, 5), changed(2, None),
+        changed(3, -1), changed(3, 4), changed(3, "1"), changed(3, True), changed(3, 2),
+        changed(4, 0), changed(4, 33), changed(4, "8"), changed(4, None), changed(4, 8.5), changed(4, 16),
+        changed(5, "x"), changed(5, None), changed(5, float("nan")), changed(5, 0.0), changed(5, -1.0),
+        changed(6, "3"), changed(6, -1), changed(6, 3.0), changed(6, 4),
+        changed(7, "3"), changed(7, -1), changed(7, 3.0), changed(7, 4), changed(7, 2**62),
+        changed(8, None), changed(8, "1"), changed(8, float("nan")), changed(8, float("inf")), changed(8, -1.0),
+        changed(9, 1), changed(9, None), changed(9, True),
     ],
     ids=str,
 )  # fmt: skip
@@ -136,3 +144,116 @@ def test_a_changed_byte_gives_a_message_or_a_protocol_error(place, flip):
     assert isinstance(client, str) and weight >= 0 and np.isfinite(scale)
     assert len(values_D) == 23
     assert np.abs(values_D).max() <= 2**31
+
+
+# --- messages of every codec --------------------------------------------------------------------------------------
+
+
+def vector(seed=1):
+    return (np.random.default_rng(seed).standard_normal(LENGTH) / 20).astype(np.float32)
+
+
+ALL = pytest.mark.parametrize("case", CASES)
+
+
+@ALL
+def test_every_message_is_read_as_it_was_written(case):
+    made = at(case)
+    one = made.encode(vector(), stream())
+    sent = to_bytes(one, client_id="hospital é", weight=0.25)
+    received = read(sent, length=LENGTH, codec=made)
+    assert (received.client_id, received.weight) == ("hospital é", 0.25)
+    assert "values" not in repr(received)
+    assert len(received.values) == made.sum_length(LENGTH)
+    header = len(sent) - wire_payload(made)
+    assert 0 < header < 100
+
+
+def wire_payload(made):
+    wire = made.wire(LENGTH)
+    return -(-wire.num_bits * wire.values // 8) + (positions_size(LENGTH, wire.values) if wire.sparse else 0)
+
+
+@ALL
+def test_every_message_cut_or_longer_is_refused_and_every_flipped_byte_is_refused_or_finite(case):
+    made = at(case)
+    whole = to_bytes(made.encode(vector(), stream()), client_id="c", weight=1.0)
+    for size in {*range(len(whole))[:60], *range(60, len(whole), 41), len(whole) - 1}:
+        with pytest.raises(ProtocolError):
+            read(whole[:size], length=LENGTH, codec=made)
+    with pytest.raises(ProtocolError):
+        read(whole + b"\0", length=LENGTH, codec=made)
+    flips = np.random.default_rng(3).integers(1, 256, len(whole))
+    for place in {*range(len(whole))[:80], *range(80, len(whole), 17)}:
+        damaged = bytearray(whole)
+        damaged[place] ^= int(flips[place])
+        try:
+            received = read(bytes(damaged), length=LENGTH, codec=made)
+        except ProtocolError:
+            continue
+        assert np.isfinite(received.values).all() and len(received.values) == made.sum_length(LENGTH)
+
+
+@ALL
+@given(noise=st.binary(max_size=80))
+def test_random_bytes_are_refused_by_every_codec(case, noise):
+    with pytest.raises(ProtocolError):
+        read(noise, length=LENGTH, codec=at(case))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("count", [2**30, 2**62])
+def test_a_header_that_claims_much_allocates_nothing(sparse, count):
+    """A message of a few bytes says that it holds a gigabyte, or more than there is."""
+    claim = forged([2, "c", "top_k" if sparse else "identity", 1, 32, 1.0, count, count, 1.0, sparse])
+    made = at("top_k" if sparse else "identity")
+    tracemalloc.start()
+    try:
+        for attempt in (lambda: signed_values(claim, length=count), lambda: read(claim, length=LENGTH, codec=made)):
+            with pytest.raises(ProtocolError):
+                attempt()
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+# --- positions ----------------------------------------------------------------------------------------------------
+
+
+@given(length=st.integers(1, 300), data=st.data())
+def test_positions_are_exact_both_ways_and_their_size_is_known(length, data):
+    found = sorted(data.draw(st.sets(st.integers(0, length - 1))))
+    indices_K = np.array(found, dtype=np.int64)
+    packed = pack_positions(indices_K, length)
+    assert len(packed) == positions_size(length, len(found)) <= -(-length // 8)
+    assert np.array_equal(unpack_positions(packed, length, len(found)), indices_K)
+    with pytest.raises(ProtocolError):
+        unpack_positions(packed + b"\0", length, len(found))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.01, 0.001])
+def test_positions_take_about_their_entropy(share):
+    length, count = 100_000, int(100_000 * share)
+    chosen = np.sort(np.random.default_rng(1).choice(length, count, replace=False))
+    entropy = length * -(share * np.log2(share) + (1 - share) * np.log2(1 - share)) / 8
+    assert entropy <= len(pack_positions(chosen, length)) < 1.2 * entropy + 8
+    assert len(pack_positions(chosen, length)) <= min(4 * count, length / 8)
+
+
+@given(length=st.integers(1, 200), count=st.integers(0, 200), data=st.data())
+def test_damaged_positions_are_refused_or_in_range(length, count, data):
+    count = min(count, length)
+    size = positions_size(length, count)
+    noise = data.draw(st.binary(min_size=size, max_size=size))
+    try:
+        found = unpack_positions(noise, length, count)
+    except ProtocolError:
+        return
+    assert len(found) == count and (np.diff(found) > 0).all()
+    assert count == 0 or 0 <= found[0] <= found[-1] < length
+
+
+def test_more_positions_than_there_are_values_are_refused():
+    for length, count in ((5, 6), (5, -1), (0, 1)):
+        with pytest.raises(ProtocolError, match="positions"):
+            unpack_positions(b"", length, count)

@@ -33,9 +33,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.errors import ConfigError, RoundError
+from privfed.hadamard import rotate, unrotate
 from privfed.privacy.discrete.accounting import DiscreteEvent, calibrate_variance
 from privfed.privacy.discrete.discrete_gaussian import SMALLEST_SHARE_VARIANCE
-from privfed.privacy.discrete.hadamard import rotate, unrotate
 from privfed.privacy.discrete.params import DiscreteParams, honest_survivors
 from privfed.privacy.discrete.rounding import (
     Float64,

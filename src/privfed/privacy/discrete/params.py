@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass, field
 
 from privfed.errors import ConfigError, RoundError
+from privfed.hadamard import padded_length
 from privfed.privacy.discrete.accounting import DiscreteEvent
 from privfed.privacy.discrete.discrete_gaussian import SMALLEST_SHARE_VARIANCE
-from privfed.privacy.discrete.hadamard import padded_length
 from privfed.privacy.discrete.laws import LARGEST_VARIANCE, LawName
 from privfed.privacy.discrete.sampler import LARGEST_DISTANCE
 from privfed.privacy.discrete.sensitivity import NORM_SLACK, overflow_bound, rounded_l1, rounded_l2_squared

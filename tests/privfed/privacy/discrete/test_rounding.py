@@ -13,7 +13,7 @@ from scipy import stats
 from scipy.linalg import hadamard
 
 from privfed.errors import ClientError, ConfigError
-from privfed.privacy.discrete.hadamard import _transform, padded_length, rotate, unrotate
+from privfed.hadamard import _transform, padded_length, rotate, unrotate
 from privfed.privacy.discrete.rounding import (
     conditional_round,
     project,
