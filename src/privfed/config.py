@@ -203,6 +203,36 @@ class RunConfig(Table):
         return self
 
     @model_validator(mode="after")
+    def _check_codec(self) -> Self:
+        name = str(getattr(self.compression, "name", ""))
+        masked = self.secagg.name == "masked"
+        found = CODECS.get(name).declare(self.compression, masked)
+        given, instead = f'compression.name = "{name}"', 'use compression.name = "identity" or "stochastic_quantizer"'
+        if masked and not found.summable:
+            raise ConfigError(f'{given} with secagg.name = "masked": its messages do not add up in a ring; {instead}.')
+        missing = {
+            "clients that keep a residual": found.stateful,
+            "a server that keeps a state": found.server_state,
+            "two exchanges a round": found.second_pass,
+            "a server that decodes each message": found.needs_individual,
+            "choices that are shared anew each round": found.needs_context,
+        }
+        for what, needed in missing.items():
+            if needed:
+                raise ConfigError(f"{given} needs {what}, which training does not provide yet; {instead}.")
+        if self.privacy.unit == "client" and not (found.linear and found.bounded):
+            raise ConfigError(
+                f'{given} with privacy.unit = "client": noise needs a bound on what one client changes in the sum, '
+                f"and this codec gives none; {instead}."
+            )
+        if self.server.weighting == "examples" and not found.scales:
+            raise ConfigError(
+                f'{given} with server.weighting = "examples": its message is the same whatever the weight; set '
+                'server.weighting = "uniform".'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> Self:
         cohort = self.server.cohort_size
         if self.secagg.name == "masked" and cohort == 1:

@@ -342,3 +342,24 @@ def test_the_ring_is_what_the_codec_needs_unless_it_is_given():
         for bits in (8, 12, 16)
     }
     assert rings == {8: 16, 12: 20, 16: 24}  # 20 times 2^(bits - 1) - 1 has to stay below 2^(ring - 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["compression.name=random_k"], ["random_k", "shared anew each round", "identity"]),
+        (["compression.name=powersgd"], ["powersgd", "not provide yet"]),
+        (["compression.name=count_sketch"], ["count_sketch", "keeps a state"]),
+        (["compression.name=top_k"], ["top_k", "masked", "do not add up"]),
+        (["compression.name=top_k", "secagg.name=none"], ["top_k", "not provide yet"]),
+        (["compression.name=sign", "server.weighting=examples"], ["sign", "weighting", "uniform"]),
+        (
+            ["compression.name=sign", "compression.vote=majority", "privacy.unit=client", "head_warm_start.name=none"],
+            ["sign", "a bound on what"],
+        ),
+    ],
+)
+def test_codecs_that_the_rounds_cannot_serve_are_refused(overrides, parts):
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny", overrides)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)

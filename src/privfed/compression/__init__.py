@@ -98,6 +98,7 @@ class Properties:
         stateful: Each client keeps a residual (error feedback), which is private and never leaves it.
         server_state: The server keeps a state from round to round.
         needs_individual: The server has to read each message by itself before it can add.
+        scales: The encoding of a multiple stands for that multiple, so that clients can be weighted.
         downlink: A broadcast can be encoded with it.
     """
 
@@ -112,6 +113,7 @@ class Properties:
     stateful: bool = False
     server_state: bool = False
     needs_individual: bool = False
+    scales: bool = True
     downlink: bool = False
 
 

@@ -99,6 +99,7 @@ def _declare(config: SignConfig, _masked: bool) -> Properties:
         unbiased=False,
         linear=config.vote == "mean",
         stateful=config.error_feedback,
+        scales=False,
     )
 
 
