@@ -16,6 +16,7 @@ from scipy.special import comb
 from privfed.budget import answer
 from privfed.cli import main
 from privfed.errors import ConfigError
+from privfed.federation.progress import Silent
 from privfed.privacy.ledger import Ledger
 from privfed.run import train
 from privfed.types import EVERYONE
@@ -34,7 +35,7 @@ def _config(tiny_config: Callable[..., Any], unit: str, tmp_path: Path, **more: 
     }
     for name, table in more.items():
         tables[name] = {**tables.get(name, {}), **table}
-    return tiny_config(reproducible_noise=False, **tables)
+    return tiny_config(reproducible_noise=tables["privacy"].pop("reproducible_noise", False), **tables)
 
 
 def _skellam_epsilon(events: list[dict[str, Any]], delta: float) -> float:
@@ -141,6 +142,38 @@ def test_a_discrete_gaussian_run_and_its_command_line(
     assert receipt["events"][0]["mechanism"] == "discrete_gaussian"
     assert receipt["events"][0]["parameters"]["length"] == 512.0  # padded by the rotation
     assert 5.9 < receipt["views"]["release"]["epsilon"] <= 6.0
+
+
+class _Stops(Silent):
+    """Stops the run in its second round, when two clients have sent: nothing is unmasked yet."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def client_done(self, client_id: str) -> None:
+        self.sent += 1
+        if self.sent == 6:
+            raise KeyboardInterrupt
+
+
+@UNITS
+def test_a_stopped_run_goes_on_to_the_same_bits_at_the_same_cost(
+    unit: str, tiny_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    def config(name: str) -> Any:
+        ledger = {"path": str(tmp_path / f"{name}.sqlite"), "epsilon_cap": 6.0}
+        return _config(tiny_config, unit, tmp_path, ledger=ledger, privacy={"reproducible_noise": True})
+
+    whole = train(config("whole"), out=tmp_path / "whole").receipt
+    with pytest.raises(KeyboardInterrupt):
+        train(config("part"), out=tmp_path / "part", progress=_Stops())
+    with Ledger.open(tmp_path / "part.sqlite", create=False) as ledger:
+        assert len(ledger.entries()) == 5 + 2
+    resumed = train(config("part"), out=tmp_path / "part", resume=True).receipt
+    assert resumed["adapter_sha256"] == whole["adapter_sha256"]
+    with Ledger.open(tmp_path / "part.sqlite", create=False) as ledger:
+        assert len(ledger.entries()) == 3 * 5
+    assert resumed["events"] == whole["events"]
 
 
 REFUSALS = [
