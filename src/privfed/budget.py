@@ -118,7 +118,8 @@ def _ring(phase: Mapping[str, Any]) -> str:
         return ""
     return (
         f" ({phase['mechanism']}; {phase['length']} values of {phase['ring_bits']} bits, which overflow with "
-        f"probability at most {phase['overflow_probability']:.1g} a round; at least {phase['n_min']} survivors)"
+        f"probability at most {max(phase['overflow_probability'], 1e-99):.1g} a round; at least {phase['n_min']} "
+        "survivors)"
     )
 
 

@@ -23,17 +23,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.errors import RoundError
+from privfed.errors import ConfigError, RoundError
 from privfed.privacy.config import PrivacyConfig
 from privfed.privacy.discrete.mechanism import decode_sum, encode
 from privfed.privacy.discrete.params import DiscreteParams
-from privfed.privacy.discrete.planning import survivors_event
+from privfed.privacy.discrete.planning import discrete_params, survivors_event
 from privfed.privacy.mechanisms import REPEATED, Keeper, Moment, committed
 from privfed.rng import PrivateStream
-from privfed.types import Encoded, EncodedSum, Float32, Shard
+from privfed.types import Encoded, EncodedSum, Float32, ParamLayout, Shard
 
 if TYPE_CHECKING:
+    from privfed.config import RunConfig
     from privfed.federation.local import LocalTrainer, StepDone
+    from privfed.privacy.plan import PhasePlan, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,3 +116,39 @@ class Shares:
             return self.params
         name = f"privfed rotation/{run_id}/{self.phase}/{round_number}".encode()
         return replace(self.params, rotation_seed=hashlib.sha256(name).digest())
+
+
+def make_shares(
+    config: RunConfig,
+    shards: Sequence[Shard],
+    phase: PhasePlan,
+    plan: Plan | None,
+    layout: ParamLayout,
+    trainer: LocalTrainer,
+) -> Shares | None:
+    """Return the noise that clients of a phase add in shares, or None where they add none.
+
+    Args:
+        config: The run.
+        shards: Who holds how much, which is public.
+        phase: The phase, with what was planned for its sums.
+        plan: The run's plan, or None without privacy.
+        layout: What is trained, and all of it sent.
+        trainer: Trains it.
+
+    Raises:
+        ConfigError: If the phase sends another number of values than was planned for.
+    """
+    if plan is None or not config.privacy.is_distributed:
+        return None
+    params = discrete_params(config.privacy, phase, plan.noise_multiplier)
+    if params.length != layout.size:
+        raise ConfigError(f"Phase {phase.name} sends {layout.size} values and was planned for {params.length}.")
+    by_example = config.privacy.unit == "example"
+    return Shares(
+        params=params,
+        privacy=config.privacy,
+        phase=phase.name,
+        rates_D=trainer.rates(layout) if by_example else None,
+        batches={s.client_id: trainer.config.expected_batch(len(s)) for s in shards} if by_example else {},
+    )

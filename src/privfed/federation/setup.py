@@ -15,7 +15,7 @@ from privfed.config import RunConfig, largest_clip
 from privfed.data import AnySplit
 from privfed.errors import ConfigError, ModelError
 from privfed.federation.client import Client, Holder
-from privfed.federation.distributed import Shares
+from privfed.federation.distributed import make_shares
 from privfed.federation.fairness import Fairness, make_fairness
 from privfed.federation.local import ExampleDp, LocalTrainer, in_head
 from privfed.federation.material import Material, plans
@@ -30,7 +30,6 @@ from privfed.models.examples import Examples, FeatureExamples, LabelledExamples,
 from privfed.models.loading import LoadedModel, load_model
 from privfed.models.prefix import attach, find_prefix
 from privfed.models.tasks import build_examples
-from privfed.privacy.discrete.planning import discrete_params
 from privfed.privacy.mechanisms import AtWork, Site, built
 from privfed.privacy.mechanisms.gaussian import GaussianAtWork
 from privfed.privacy.plan import PhasePlan, Plan
@@ -297,7 +296,7 @@ def _phase(
     codec = plugin.build(config.compression, Ring(bits=ring_bits, clients=most) if masked else None)
     largest = max(len(shard) for shard in material.shards)
     central = _central(config, phase_plan, plan, codec, sharing.largest(phase_plan.rounds))
-    shares = _shares(config, material, phase_plan, plan, sharing, trainer)
+    shares = make_shares(config, material.shards, phase_plan, plan, sharing.layout, trainer)
     store = _store(sharing, own)
 
     def client(shard: Shard) -> Client:
@@ -417,34 +416,6 @@ def _central(config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Code
         seed=config.seed,
     )
     return built(config.privacy.mechanism).at_work(site)
-
-
-def _shares(
-    config: RunConfig,
-    material: Material,
-    phase: PhasePlan,
-    plan: Plan | None,
-    sharing: Sharing,
-    trainer: LocalTrainer,
-) -> Shares | None:
-    """Return the noise that clients add in shares.
-
-    Raises:
-        ConfigError: If the phase sends another number of values than was planned for.
-    """
-    if plan is None or not config.privacy.is_distributed:
-        return None
-    params = discrete_params(config.privacy, phase, plan.noise_multiplier)
-    if params.length != sharing.layout.size:
-        raise ConfigError(f"Phase {phase.name} sends {sharing.layout.size} values and was planned for {params.length}.")
-    by_example = config.privacy.unit == "example"
-    return Shares(
-        params=params,
-        privacy=config.privacy,
-        phase=phase.name,
-        rates_D=trainer.rates(sharing.layout) if by_example else None,
-        batches={s.client_id: trainer.config.expected_batch(len(s)) for s in material.shards} if by_example else {},
-    )
 
 
 def set_deterministic() -> None:

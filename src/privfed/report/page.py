@@ -25,6 +25,7 @@ VIEW_READERS = {
 SETTING_WORDS = {
     "local": "each client, on its own machine",
     "central": "the server",
+    "distributed": "each client, a share of that of the masked sum",
     None: "nobody",
 }
 

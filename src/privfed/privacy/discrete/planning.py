@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from privfed.errors import ConfigError
+from privfed.privacy.accountant import epsilon
 from privfed.privacy.config import PrivacyConfig
 from privfed.privacy.discrete.accounting import DiscreteEvent, calibrate_variance
 from privfed.privacy.discrete.accounting import epsilon as epsilon_of
@@ -74,10 +75,11 @@ def make_discrete_plan(privacy: PrivacyConfig, phases: Sequence[PhasePlan]) -> P
         )
         for client in phases[0].probabilities
     }
-    spent = epsilon_of([stage.event(squared, privacy) for stage in _worst(privacy, phases)], privacy.target_delta)
+    most = [max(_probability(privacy, phase, client) for client in phase.probabilities) for phase in phases]
+    exposed = [replace(event, sampling_probability=q) for event, q in zip(charged, most, strict=True)]
     return Plan(
         noise_multiplier=noise,
-        epsilon=spent,
+        epsilon=epsilon(exposed, privacy.target_delta, accountant=privacy.accountant),
         delta=privacy.target_delta,
         lost_rounds_delta=0.0,
         events_by_client=events,
