@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from privfed.errors import ConfigError
+from privfed.hadamard import padded_length
 from privfed.privacy.accountant import epsilon
 from privfed.privacy.config import PrivacyConfig
 from privfed.privacy.discrete.accounting import DiscreteEvent, calibrate_variance
@@ -20,7 +21,6 @@ from privfed.privacy.discrete.accounting import epsilon as epsilon_of
 from privfed.privacy.discrete.config import DistributedConfig
 from privfed.privacy.discrete.discrete_gaussian import SMALLEST_SHARE_VARIANCE
 from privfed.privacy.discrete.events import event_of
-from privfed.privacy.discrete.hadamard import padded_length
 from privfed.privacy.discrete.params import DiscreteParams, honest_survivors
 from privfed.privacy.discrete.sensitivity import recommended_scale, smallest_ring
 from privfed.privacy.plan import PhasePlan, Plan, Sums
