@@ -481,6 +481,28 @@ def test_a_stopped_run_resumes_without_charging_twice(
         ]
 
 
+def test_a_run_that_is_stopped_before_a_phases_first_round_scores_its_start_once(
+    own: Callable[..., Any], tmp_path: Path
+) -> None:
+    from privfed.federation.progress import Silent
+
+    class Stopper(Silent):
+        def __init__(self, phase: str) -> None:
+            self.phase = phase
+
+        def round_started(self, phase: str, number: int, rounds: int, cohort: int) -> None:  # noqa: ARG002
+            if (phase, number) == (self.phase, 1):
+                raise _Stop
+
+    config = own(server={"rounds": 1}, head_warm_start={"name": "dp_probe", "rounds": 1})
+    for resume, phase in ((False, "warm_start"), (True, "warm_start"), (True, "train"), (True, "train")):
+        with pytest.raises(_Stop):
+            train(config, out=tmp_path / "run", resume=resume, progress=Stopper(phase))
+    train(config, out=tmp_path / "run", resume=True)
+    scored = [(line["phase"], line["round"]) for line in _metrics(tmp_path / "run") if line["kind"] == "eval"]
+    assert scored == [("warm_start", 0), ("warm_start", 1), ("train", 0), ("train", 1)]
+
+
 def _without(line: dict[str, Any], keys: set[str]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key not in keys}
 

@@ -79,11 +79,12 @@ def run_phases(
     score: Score | None = None
     for position in range(first, len(names)):
         stage = stages[names[position]]
-        if state is None or state.phase != names[position]:
+        fresh = state is None or state.phase != names[position]
+        if state is None or fresh:
             # a later phase starts from what the earlier one left in the module they share
             state = start_of(stage)
         loop = _Loop(stage, config, folder, holder, progress, label_names, spent, totals)
-        state, score = loop.run(state)
+        state, score = loop.run(state, fresh=fresh)
     if score is None or state is None:
         raise ConfigError("A run has at least one phase.")
     probe = totals.get("probe_accuracy")
@@ -126,11 +127,16 @@ class _Loop:
     spent: Spent
     totals: dict[str, float]
 
-    def run(self, state: ServerState) -> tuple[ServerState, Score]:
-        """Return the state after the last round and its score."""
+    def run(self, state: ServerState, *, fresh: bool) -> tuple[ServerState, Score]:
+        """Return the state after the last round and its score.
+
+        Args:
+            state: Where the phase stands.
+            fresh: Whether it starts here; a checkpoint of its start has its first score already.
+        """
         plan = self.stage.phase.plan
         score: Score | None = None
-        if state.round == 0:
+        if fresh:
             score = self._evaluate(state)
             self._save(state)
         while state.round < plan.rounds:
