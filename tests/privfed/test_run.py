@@ -490,7 +490,7 @@ def test_a_run_that_is_stopped_before_a_phases_first_round_scores_its_start_once
         def __init__(self, phase: str) -> None:
             self.phase = phase
 
-        def round_started(self, phase: str, number: int, rounds: int, cohort: int) -> None:  # noqa: ARG002
+        def round_started(self, phase: str, number: int, rounds: int, cohort: int) -> None:
             if (phase, number) == (self.phase, 1):
                 raise _Stop
 
