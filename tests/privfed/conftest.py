@@ -128,20 +128,20 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a safetensors file of 160 learnable grey images (6 x 7): 2 named classes, 4 named clients."""
+    """Return a safetensors file of 480 learnable grey images (6 x 7): 2 named classes, 4 named clients."""
     import json
 
     import numpy as np
     from safetensors.numpy import save_file
 
     draw = np.random.default_rng(0)
-    labels = np.arange(160) % 2
-    images = draw.integers(0, 120, (160, 6, 7))
+    labels = np.arange(480) % 2
+    images = draw.integers(0, 120, (480, 6, 7))
     images[labels == 0, :3] += 120  # bright above
     images[labels == 1, 3:] += 120  # bright below
     metadata = {"label_names": json.dumps(["above", "below"]), "client_names": json.dumps(list("abcd"))}
     path = tmp_path_factory.mktemp("images") / "pictures.safetensors"
-    owners = (np.arange(160) // 2 % 4).astype(np.int64)
+    owners = (np.arange(480) // 2 % 4).astype(np.int64)
     save_file({"images": images.astype(np.uint8), "labels": labels, "client": owners}, path, metadata=metadata)
     return path
 
