@@ -62,11 +62,16 @@ class Clock:
         return result
 
 
-def plan(length: int, people: dict[str, Identity]) -> SessionParams:
+def plan(length: int, people: dict[str, Identity], attempt: int = 0) -> SessionParams:
     """Return the session of these clients with the default requirements."""
     roster = {name: person.public for name, person in people.items()}
     return SessionParams.plan(
-        roster, Requirements(), round_id=b"benchmark", config_digest=bytes(32), length=length, ring_bits=RING_BITS
+        roster,
+        Requirements(),
+        round_id=f"round {attempt}".encode(),
+        config_digest=bytes(32),
+        length=length,
+        ring_bits=RING_BITS,
     )
 
 
@@ -259,7 +264,7 @@ def measure(n: int, length: int, dropped: float, repeat: int, flower: bool) -> d
     people = {f"c{i:04d}": Identity.generate() for i in range(n)}
     params, gone = plan(length, people), int(dropped * n)
     row: dict[str, Any] = {"n": n, "d": length, "dropped": dropped, "k": params.degree, "t": params.threshold}
-    mine = best([ours(params, people, gone) for _ in range(repeat)])
+    mine = best([ours(plan(length, people, attempt), people, gone) for attempt in range(repeat)])
     row["privfed"] = asdict(mine)
     row["fixed_bytes"] = mine.upload - params.payload_bytes
     if flower:

@@ -95,9 +95,10 @@ class ClientSession:
         """Return this client's fresh public keys, signed (Bonawitz et al. 2017, figure 4, round 0).
 
         Raises:
-            StageError: If it was called before.
+            StageError: If it was called before, or the identity took part in a session with the same parameters.
         """
         with self._advance(_Step.NEW, _Step.ADVERTISED):
+            self._identity.enter(self._wire.context)
             self._keys = k.generate_keys(self._params.scope, self._id)
             return self._wire.encode_advertise(self._number, self._keys.public, self._identity)
 

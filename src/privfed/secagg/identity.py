@@ -14,7 +14,7 @@ from typing import NoReturn
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from privfed.errors import AuthenticityError
+from privfed.errors import AuthenticityError, StageError
 
 PUBLIC_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -27,6 +27,7 @@ class Identity:
 
     private: Ed25519PrivateKey = field(repr=False)
     public: bytes
+    _entered: set[bytes] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
     def generate(cls) -> Identity:
@@ -37,6 +38,18 @@ class Identity:
     def from_seed(cls, seed: bytes) -> Identity:
         """Return the identity that these 32 secret bytes stand for."""
         return cls._of(Ed25519PrivateKey.from_private_bytes(seed))
+
+    def enter(self, context: bytes) -> None:
+        """Take part in the session with this context, once: two sets of signatures under one would contradict.
+
+        An identity that is loaded again has forgotten; so a round that is repeated has to get another round id.
+
+        Raises:
+            StageError: If this identity took part in it before.
+        """
+        if context in self._entered:
+            raise StageError("This identity has taken part in this round before; repeat a round under a new round id.")
+        self._entered.add(context)
 
     def sign(self, context: bytes, message: bytes) -> bytes:
         """Return the signature of ``message`` in the session with this context digest."""

@@ -136,8 +136,14 @@ def in_parallel(act: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
     if parts < 2:
         return [act(item) for item in items]
     cuts = [len(items) * part // parts for part in range(parts + 1)]
-    work = [items[first:last] for first, last in pairwise(cuts)]
-    return [result for results in _pool().map(lambda part: [act(item) for item in part], work) for result in results]
+    *others, own = [items[first:last] for first, last in pairwise(cuts)]
+
+    def run(part: Sequence[_T]) -> list[_R]:
+        return [act(item) for item in part]
+
+    pending = [_pool().submit(run, part) for part in others]
+    mine = run(own)  # this thread takes a part as well: it would only wait
+    return [*(result for one in pending for result in one.result()), *mine]
 
 
 @lru_cache(maxsize=1)

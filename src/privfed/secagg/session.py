@@ -17,7 +17,8 @@ So the sum has at least n_min - c honest addends, which hide among each other; n
 itself is known to the server: what it says of one client is for differential privacy to bound. Up to n - n_min
 clients may drop, at any stages, and in a complete graph the sum of the rest is still had.
 
-The clients' order on the ring depends on the round id: take it from the round's number, not from the server.
+The clients' order on the ring depends on the round id: take it from the number of the round and of the attempt, not
+from the server. A round that is repeated needs a new id, for signatures of the first attempt would count in the second.
 
 Source: Bonawitz et al. 2017, section 6 (active adversaries, consistency check); Bell et al. 2020, section 4. The
 confirmation tags are this project's: they stop a server that shows one client fewer sharers than it shows the rest.
@@ -116,7 +117,7 @@ class SessionParams:
     """What one session is about; equal at the server and at every client, or their messages are refused.
 
     Attributes:
-        round_id: Unique per round; bound into every message and key. 1 to 64 bytes.
+        round_id: Unique per round and attempt; bound into every message and key. 1 to 64 bytes.
         config_digest: Digest of the run's configuration; bound as well. 1 to 64 bytes.
         clients: Ids of the cohort, sorted and unique, at least two.
         identities: The pinned Ed25519 public key of each client, in the same order.

@@ -434,6 +434,15 @@ def test_a_missing_or_foreign_confirmation_is_refused(make_params: Any, at_stage
             now.clients["c0"].agree(wire.encode_survivors(0, alive, confirmed))
 
 
+def test_an_identity_takes_part_in_a_round_once(make_params: Any, identify: Any) -> None:
+    """Else two sessions of one round could sign two lists of survivors."""
+    one = identify("c0")
+    ClientSession(make_params(), "c0", one).advertise()
+    with pytest.raises(StageError, match="new round id"):
+        ClientSession(make_params(), "c0", one).advertise()
+    ClientSession(make_params(round_id=b"round-1, second attempt"), "c0", one).advertise()
+
+
 def test_a_client_session_is_never_copied_or_stored(make_params: Any, identify: Any) -> None:
     session = ClientSession(make_params(), "c0", identify("c0"))
     for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
