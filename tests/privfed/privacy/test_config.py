@@ -60,7 +60,7 @@ def test_numbers_are_finite(key, value):
     ("key", "value"),
     [
         ("target_delta", 0.0), ("target_delta", 1.0), ("target_delta", -1e-9), ("l2_clip_norm", 0.0),
-        ("l2_clip_norm", -1.0), ("unit", "people"), ("accountant", "gdp"), ("placement", "distributed"),
+        ("l2_clip_norm", -1.0), ("unit", "people"), ("accountant", "gdp"), ("placement", "shuffled"),
         ("neighboring_relation", "zero_out"), ("target_epsilon", "8"), ("reproducible_noise", 1),
     ],
 )  # fmt: skip
