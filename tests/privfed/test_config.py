@@ -227,7 +227,7 @@ def test_tables_are_frozen():
         ("privacy.target_delta=1", ["privacy.target_delta = 1", "less than 1"]),
         ("privacy.target_delta=0", ["privacy.target_delta = 0", "greater than 0"]),
         ("privacy.placement=central", ["unit = 'example' with placement = 'central'", "placement = 'local'"]),
-        ("privacy.placement=distributed", ["privacy.placement = 'distributed'", "'local' or 'central'"]),
+        ("privacy.placement=shuffled", ["privacy.placement = 'shuffled'", "'local', 'central' or 'distributed'"]),
         ("privacy.unit=people", ["privacy.unit = 'people'", "'example', 'client' or 'none'"]),
         ("privacy.l2_clip_norm=inf", ["privacy.l2_clip_norm = inf", "finite"]),
         ("privacy=1", ["privacy = 1", "expected a table"]),
