@@ -23,9 +23,11 @@ from privfed.privacy.accountant import epsilon
 from privfed.privacy.discrete import planning
 from privfed.privacy.discrete.accounting import epsilon as discrete_epsilon
 from privfed.privacy.discrete.events import discrete_of
+from privfed.privacy.discrete.rounding import Float64
 from privfed.privacy.mechanisms import REPEATED
 from privfed.report.survivors import survivors_epsilon
 from privfed.rng import PrivateStream
+from privfed.secagg import ClientSession
 from privfed.types import EVERYONE
 
 CLIENTS = 4
@@ -46,7 +48,7 @@ def _tables(unit: str, **more: Any) -> dict[str, Any]:
     return tables
 
 
-def _residual(run: Any, rounds: int, signal_D: np.ndarray) -> np.ndarray:
+def _residual(run: Any, rounds: int, signal_D: Float64) -> Float64:
     """Return the noise of many decoded sums, in integer steps; the same state is released with fresh streams."""
     shares, found = run.phase.shares, []
     params = shares.params
@@ -87,7 +89,8 @@ def test_the_sum_is_that_of_the_clipped_updates_with_the_planned_noise(
 
 def test_under_example_level_a_step_follows_the_sum_of_clipped_gradients(federation: Callable[..., Any]) -> None:
     run = federation(**_tables("example", privacy={"noise_multiplier": 1e-3, "distributed": {"scale": 1e5}}))
-    before, sums = run.state, {}
+    before = run.state
+    sums: dict[str, Float64] = {}
     for name, client in run.phase.clients.items():
         original = client.trainer.gradient_sum
 
@@ -137,7 +140,7 @@ class _Wire:
     def __init__(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.messages: list[bytes] = []
         self.charged_before: list[set[str]] = []
-        counted, masked = collect.MaskedLink._counted, collect.ClientSession.masked_input
+        counted, masked = collect.MaskedLink._counted, ClientSession.masked_input
         wire = self
 
         def spy(link: Any, message: bytes) -> bytes:
@@ -149,7 +152,7 @@ class _Wire:
             return masked(session, shares, values_M)
 
         monkeypatch.setattr(collect.MaskedLink, "_counted", spy)
-        monkeypatch.setattr(collect.ClientSession, "masked_input", at_masking)
+        monkeypatch.setattr(ClientSession, "masked_input", at_masking)
 
 
 @UNITS
@@ -157,7 +160,8 @@ def test_integers_leave_masked_and_charged(
     unit: str, federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = federation(**_tables(unit))
-    wire, sent = _Wire(run, monkeypatch), {}
+    wire = _Wire(run, monkeypatch)
+    sent: dict[int, Any] = {}
     encode = type(run.phase.shares).encode
 
     def remember(shares: Any, *arguments: Any) -> Any:
