@@ -123,6 +123,8 @@ def type_words(annotation: Any) -> str:
         return f"table of {plural(parts[1])}"
     if annotation is Table:
         return "name or table"
+    if isinstance(annotation, type) and issubclass(annotation, Table):
+        return "table"
     return WORDS.get(getattr(annotation, "__name__", ""), str(annotation))
 
 
