@@ -142,23 +142,30 @@ def run_config(text):
     return parse_config(tomllib.loads(text), where="run.toml")
 
 
+def table_of(raw):
+    """Return the codec's table, whether or not a run's rounds serve the codec yet."""
+    return CODECS.get(raw["name"]).config.model_validate(raw)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_survives_toml(case):
     import tomllib
 
-    from privfed.config import parse_config
+    import tomli_w
 
-    found = parse_config({"compression": CASES[case]}, where="here")
-    assert parse_config(tomllib.loads(found.to_toml()), where="again") == found
+    found = table_of(CASES[case])
+    written = tomli_w.dumps(found.model_dump(exclude_none=True))
+    assert table_of(tomllib.loads(written)) == found
 
 
 def test_a_chain_is_written_by_nesting():
-    found = run_config(
-        '[compression]\nname = "random_k"\ndensity = 0.2\ninner = {name = "stochastic_quantizer", bits = 4}\n'
+    import tomllib
+
+    found = table_of(
+        tomllib.loads('name = "random_k"\ndensity = 0.2\ninner = {name = "stochastic_quantizer", bits = 4}\n')
     )
-    plugin = CODECS.get("random_k")
-    made = plugin.build(found.compression, Ring(bits=32, clients=4))
-    assert made.properties.summable and found.compression.inner.bits == 4
+    made = CODECS.get("random_k").build(found, Ring(bits=32, clients=4))
+    assert made.properties.summable and found.inner.bits == 4
     assert made.wire(1000).values == 200
 
 
