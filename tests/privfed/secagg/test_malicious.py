@@ -291,6 +291,7 @@ RUN = settings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", [MaliciousServer, OnASparseGraph])
 def test_no_transcript_bares_a_client(machine: type[MaliciousServer]) -> None:
     run_state_machine_as_test(machine, settings=RUN)

@@ -72,6 +72,7 @@ def test_a_sparse_graph_gives_the_plain_sum_or_a_threshold_error(
     assert np.array_equal(total, plain_sum(drive.vectors, survivors, ring_bits))
 
 
+@pytest.mark.slow
 def test_five_hundred_rounds_with_random_drops_never_give_a_wrong_sum(
     identify: Any, make_params: Any, make_drive: Any, plain_sum: Any
 ) -> None:
