@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
+from privfed.hadamard import rotate
 from privfed.privacy.discrete.exact import exact_discrete_gaussian, exact_skellam
-from privfed.privacy.discrete.hadamard import rotate
 from privfed.privacy.discrete.laws import LawName
 from privfed.privacy.discrete.mechanism import DiscreteParams, encode
 from privfed.privacy.discrete.sampler import make_sampler
