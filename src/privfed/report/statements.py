@@ -54,8 +54,8 @@ def trust_model(*, unit: str, placement: str, secagg: bool) -> list[str]:
         sentences.append("The server adds the noise, so it is trusted to do so and not to misuse what it sees before.")
     if secagg:
         sentences.append(
-            "Secure aggregation hides single updates even from a server that lies, as long as no more clients work with "
-            "it than declared (secagg.corrupt); the server learns the sum of a round."
+            "Secure aggregation hides single updates even from a server that lies, as long as no more clients work "
+            "with it than declared (secagg.corrupt); the server learns the sum of a round."
         )
     else:
         sentences.append("There is no secure aggregation: the server sees the update of every single client.")
