@@ -83,11 +83,11 @@ def share_frozen_work(folder: str) -> None:
     """
     import torch
 
-    from privfed.federation import setup
+    from privfed.federation import workbench
     from privfed.models import prefix
 
     torch.set_num_threads(1)
-    compute, features = prefix.FrozenPrefix.compute, setup.head_features
+    compute, features = prefix.FrozenPrefix.compute, workbench.head_features
 
     def once(name: str, examples: Any, make: Callable[[], Any]) -> Any:
         path = Path(folder) / f"{name}-{hashlib.sha256(examples.lengths.tobytes()).hexdigest()[:16]}.pt"
@@ -112,7 +112,7 @@ def share_frozen_work(folder: str) -> None:
     from privfed.models.examples import FeatureExamples
 
     prefix.FrozenPrefix.compute = shared_states  # type: ignore[method-assign]
-    setup.head_features = shared_features
+    workbench.head_features = shared_features
 
 
 def run_cell(data: str, variant: str, seed: int, source: Path | None) -> dict[str, Any]:

@@ -125,10 +125,10 @@ def _ring(phase: Mapping[str, Any]) -> str:
 
 def _lengths(config: RunConfig) -> dict[str, int]:
     """Return how many values are sent in each phase: what integer noise costs depends on it, so the model is loaded."""
-    from privfed.federation import material, setup
+    from privfed.federation import material, workbench
 
     material.check_before_data(config)
-    return setup.trained_lengths(config, setup.load_tuned(config, material.gather(config))[1])
+    return workbench.planned_lengths(config, material.gather(config))
 
 
 def _sizes(config: RunConfig, clients: int | None, shard_size: int | None) -> dict[str, int]:

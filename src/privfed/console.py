@@ -6,8 +6,11 @@ import sys
 import time
 from types import TracebackType
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from privfed.federation.progress import Progress
 
 PHASES = {"warm_start": "head warm start", "train": "training"}
 
@@ -16,7 +19,7 @@ def _spent(epsilon: float | None) -> str:
     return "no privacy" if epsilon is None else f"epsilon spent {epsilon:.2f}"
 
 
-class Lines:
+class Lines(Progress):
     """One plain line a round."""
 
     def __init__(self) -> None:
@@ -32,15 +35,6 @@ class Lines:
     def message(self, text: str) -> None:
         """Say one line."""
         print(text, file=sys.stderr, flush=True)
-
-    def round_started(self, phase: str, number: int, rounds: int, cohort: int) -> None:
-        """Nothing: the line comes when the round is done."""
-
-    def step_done(self, client_id: str, step: int, steps: int) -> None:
-        """Nothing."""
-
-    def client_done(self, client_id: str) -> None:
-        """Nothing."""
 
     def client_dropped(self, client_id: str, reason: str) -> None:
         """Say who left and why."""
@@ -60,11 +54,11 @@ class Lines:
             self._score = f"  {metric} {value:.3f}"
 
 
-class Bars:
+class Bars(Progress):
     """Live bars for rounds, the round's clients and the client's steps."""
 
     def __init__(self) -> None:
-        self._bars = Progress(
+        self._bars = rich_progress.Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),

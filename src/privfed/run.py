@@ -23,7 +23,7 @@ from privfed.config import RunConfig, differences, parse_config
 from privfed.errors import BudgetExceededError, ConfigError, PrivfedError, ResumeError
 from privfed.federation import folder as folders
 from privfed.federation import material as materials
-from privfed.federation import saving, sentinels, setup
+from privfed.federation import saving, sentinels, setup, workbench
 from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.client import Holder
 from privfed.federation.engines.in_process import Outcome, run_phases
@@ -105,7 +105,7 @@ class _Run:
     ledger: Ledger
     watch: Progress
     plan: Plan | None = None
-    bench: setup.Workbench | None = None
+    bench: workbench.Workbench | None = None
     results: dict[str, str] | None = None
     stage: setup.Stage | None = None
 
@@ -155,13 +155,13 @@ class _Run:
         self.ledger.erase_run_key(self.folder.run_id)
         return RunResult(folder=self.folder.path, receipt=receipt)
 
-    def _built(self) -> setup.Workbench:
+    def _built(self) -> workbench.Workbench:
         self.watch.message(f"Loading {self.config.model.name}")
-        return setup.build(self.config, self.material, self.watch)
+        return workbench.build(self.config, self.material, self.watch)
 
     def _lengths(self) -> Mapping[str, int] | None:
         distributed = self.config.privacy.is_distributed
-        return setup.trained_lengths(self.config, self._bench().tuned) if distributed else None
+        return workbench.trained_lengths(self.config, self._bench().tuned) if distributed else None
 
     def _phases(self) -> list[PhasePlan]:
         return materials.plans(self.config, self.material, self._lengths())
@@ -248,7 +248,7 @@ class _Run:
             moved = sentinels.check_moved(sharing.layout, outcome.start_D[TRAIN], outcome.state.params_D, still)
             results["moved"] = f"passed: {moved}"
 
-    def _bench(self) -> setup.Workbench:
+    def _bench(self) -> workbench.Workbench:
         if self.bench is None:
             raise RuntimeError("the model is not loaded yet")
         return self.bench

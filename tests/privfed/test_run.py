@@ -118,11 +118,11 @@ CASES: dict[str, Tables] = {
 def test_a_run_leaves_a_whole_folder(
     name: str, own: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from privfed.federation import setup
+    from privfed.federation import workbench
 
     kept: list[Any] = []
-    build = setup.build
-    monkeypatch.setattr(setup, "build", lambda *args: (kept.append(build(*args)), kept[-1])[1])
+    build = workbench.build
+    monkeypatch.setattr(workbench, "build", lambda *args: (kept.append(build(*args)), kept[-1])[1])
     config = own(reproducible_noise=False, **CASES[name])
     result = train(config, out=tmp_path / "run")
     folder, unit = result.folder, config.privacy.unit

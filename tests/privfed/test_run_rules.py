@@ -77,11 +77,11 @@ def _loaded(config: Any, folder: Path, *, whole: bool) -> Any:
 def test_a_run_leaves_what_others_can_load(
     name: str, own: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from privfed.federation import setup
+    from privfed.federation import workbench
 
     kept: list[Any] = []
-    build = setup.build
-    monkeypatch.setattr(setup, "build", lambda *args: (kept.append(build(*args)), kept[-1])[1])
+    build = workbench.build
+    monkeypatch.setattr(workbench, "build", lambda *args: (kept.append(build(*args)), kept[-1])[1])
     config = own(**CASES[name])
     result = train(config, out=tmp_path / "run")
     tokenizer = kept[0].loaded.tokenizer

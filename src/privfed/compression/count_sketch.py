@@ -22,13 +22,12 @@ from privfed.compression import (
     CodecState,
     Inner,
     Properties,
-    declare_inner,
     float_slack,
     plain_inner,
     public_stream,
 )
 from privfed.compression.fixed_point import check_finite
-from privfed.compression.nested import Nested, kept
+from privfed.compression.nested import Nested, kept, led_properties
 from privfed.compression.top_k import largest
 from privfed.rng import PrivateStream
 from privfed.table import Table
@@ -74,17 +73,7 @@ class CountSketch(Nested):
     @staticmethod
     def declared(config: CountSketchConfig, masked: bool) -> Properties:
         """Return what is true of it."""
-        inner = declare_inner(config.inner, masked, "count_sketch")
-        return Properties(
-            summable=inner.summable,
-            shared_support=True,
-            unbiased=False,
-            linear=False,
-            bounded=inner.bounded,
-            needs_context=True,
-            needs_round_seed=inner.needs_round_seed,
-            server_state=True,
-        )
+        return led_properties(config, masked)
 
     def values(self, length: int) -> int:  # noqa: ARG002
         """Return R C."""

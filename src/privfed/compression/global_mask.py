@@ -26,11 +26,10 @@ from privfed.compression import (
     Properties,
     Ring,
     RoundContext,
-    declare_inner,
     plain_inner,
 )
 from privfed.compression.fixed_point import check_finite
-from privfed.compression.nested import Nested, kept
+from privfed.compression.nested import Nested, kept, led_properties
 from privfed.compression.top_k import largest
 from privfed.errors import ProtocolError
 from privfed.rng import PrivateStream
@@ -72,17 +71,7 @@ class GlobalMask(Nested):
     @staticmethod
     def declared(config: GlobalMaskConfig, masked: bool) -> Properties:
         """Return what is true of it."""
-        inner = declare_inner(config.inner, masked, "global_mask")
-        return Properties(
-            summable=inner.summable,
-            shared_support=True,
-            unbiased=False,
-            linear=False,
-            bounded=inner.bounded,
-            needs_context=True,
-            needs_round_seed=inner.needs_round_seed,
-            server_state=True,
-        )
+        return led_properties(config, masked)
 
     def values(self, length: int) -> int:
         """Return K, or D in a round without a mask."""

@@ -20,6 +20,7 @@ from privfed.compression import (
     RoundContext,
     Wire,
     build_inner,
+    declare_inner,
     no_context,
     public_stream,
     renamed,
@@ -123,14 +124,35 @@ def kept(density: float, length: int) -> int:
     return min(length, max(1, round(density * length)))
 
 
-def check_feedback(error_feedback: bool, unbiased: bool) -> None:
-    """Refuse error feedback around a codec that scales up what it sends.
+def nested_properties(config: Any, masked: bool, **own: bool) -> Properties:
+    """Return what is true of a codec of this module: what its nested codec leaves true, and its ``own`` entries."""
+    inner = declare_inner(config.inner, masked, config.name)
+    mine = Properties(
+        summable=inner.summable,
+        shared_support=True,
+        unbiased=inner.unbiased,
+        bounded=inner.bounded,
+        needs_context=True,
+        needs_round_seed=inner.needs_round_seed,
+    )
+    return replace(mine, **own)
+
+
+def seeded_properties(config: Any, masked: bool) -> Properties:
+    """Return what is true of a codec that sends what the round's seed picks.
 
     Raises:
-        ConfigError: If both are asked for.
+        ConfigError: If it is unbiased and has error feedback.
     """
-    if error_feedback and unbiased:
+    if config.error_feedback and config.unbiased:
         raise ConfigError(
             "compression.error_feedback = true with compression.unbiased = true: values that count several times make "
             "the residual grow without end; set compression.unbiased = false."
         )
+    found = nested_properties(config, masked, needs_round_seed=True, stateful=config.error_feedback)
+    return replace(found, unbiased=config.unbiased and found.unbiased)
+
+
+def led_properties(config: Any, masked: bool) -> Properties:
+    """Return what is true of a codec whose server picks what counts and remembers it from round to round."""
+    return nested_properties(config, masked, unbiased=False, linear=False, server_state=True)

@@ -28,7 +28,6 @@ from privfed.compression import (
     RoundContext,
     Wire,
     build_inner,
-    declare_inner,
     float_slack,
     no_context,
     plain_inner,
@@ -37,6 +36,7 @@ from privfed.compression import (
 )
 from privfed.compression.fixed_point import check_finite
 from privfed.compression.matrices import Blocks, blocks_of, concatenated
+from privfed.compression.nested import nested_properties
 from privfed.errors import ConfigError, ProtocolError
 from privfed.rng import PrivateStream
 from privfed.table import Table
@@ -247,13 +247,10 @@ def _orthonormal(factor: Float64) -> Float64:
 
 
 def _declare(config: PowerSGDConfig, masked: bool) -> Properties:
-    inner = declare_inner(config.inner, masked, "powersgd")
-    return Properties(
-        summable=inner.summable,
-        shared_support=True,
+    return nested_properties(
+        config,
+        masked,
         unbiased=False,
-        bounded=inner.bounded,
-        needs_context=True,
         needs_round_seed=True,
         second_pass=True,
         stateful=config.error_feedback,

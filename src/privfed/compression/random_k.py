@@ -23,11 +23,10 @@ from privfed.compression import (
     Properties,
     Ring,
     RoundContext,
-    declare_inner,
     plain_inner,
 )
 from privfed.compression.fixed_point import check_finite
-from privfed.compression.nested import Nested, check_feedback, drawn, kept
+from privfed.compression.nested import Nested, drawn, kept, seeded_properties
 from privfed.rng import PrivateStream
 from privfed.table import Table
 from privfed.types import Encoded, Float32
@@ -69,17 +68,7 @@ class RandomK(Nested):
     @staticmethod
     def declared(config: RandomKConfig, masked: bool) -> Properties:
         """Return what is true of it."""
-        inner = declare_inner(config.inner, masked, "random_k")
-        check_feedback(config.error_feedback, config.unbiased)
-        return Properties(
-            summable=inner.summable,
-            shared_support=True,
-            unbiased=config.unbiased and inner.unbiased,
-            bounded=inner.bounded,
-            needs_context=True,
-            needs_round_seed=True,
-            stateful=config.error_feedback,
-        )
+        return seeded_properties(config, masked)
 
     def values(self, length: int) -> int:
         """Return K."""

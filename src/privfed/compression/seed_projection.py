@@ -22,12 +22,11 @@ from privfed.compression import (
     CodecState,
     Inner,
     Properties,
-    declare_inner,
     float_slack,
     plain_inner,
 )
 from privfed.compression.fixed_point import check_finite
-from privfed.compression.nested import Nested, check_feedback, drawn
+from privfed.compression.nested import Nested, drawn, seeded_properties
 from privfed.hadamard import padded_length, rotate, unrotate
 from privfed.rng import PrivateStream
 from privfed.table import Table
@@ -68,17 +67,7 @@ class SeedProjection(Nested):
     @staticmethod
     def declared(config: SeedProjectionConfig, masked: bool) -> Properties:
         """Return what is true of it."""
-        inner = declare_inner(config.inner, masked, "seed_projection")
-        check_feedback(config.error_feedback, config.unbiased)
-        return Properties(
-            summable=inner.summable,
-            shared_support=True,
-            unbiased=config.unbiased and inner.unbiased,
-            bounded=inner.bounded,
-            needs_context=True,
-            needs_round_seed=True,
-            stateful=config.error_feedback,
-        )
+        return seeded_properties(config, masked)
 
     def values(self, length: int) -> int:
         """Return K."""

@@ -7,9 +7,11 @@ Jaccard index of their sets of word 3-shingles is at least 0.8.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from privfed.data.rows import Rows, counted
+from privfed.data.labels import R
+from privfed.data.rows import counted
+from privfed.errors import DataError
 
 SHINGLE_WORDS = 3
 NEAR_JACCARD = 0.8
@@ -30,30 +32,52 @@ def normalise(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def drop_exact(rows: Rows) -> tuple[Rows, list[str]]:
-    """Return ``rows`` with the first of each set of exact duplicates, and notes."""
-    first: dict[str, int] = {}
-    conflicts = 0
-    for i, text in enumerate(rows.texts):
-        kept = first.setdefault(normalise(text), i)
-        conflicts += rows.labels is not None and rows.labels[kept] != rows.labels[i]
+def drop_exact(rows: R, keys: Sequence[str], noun: str) -> tuple[R, list[str]]:
+    """Return ``rows`` with the first of each set of exact duplicates, and notes.
+
+    Args:
+        rows: The rows.
+        keys: What equal rows have in common, one a row: normalised text, or an image's hash.
+        noun: What notes call a row.
+    """
+    labels, first, conflicts = rows.labels, dict[str, int](), 0
+    for i, key in enumerate(keys):
+        kept = first.setdefault(key, i)
+        conflicts += labels is not None and labels[kept] != labels[i]
     dropped = len(rows) - len(first)
     if not dropped:
         return rows, []
-    note = f"{counted(dropped, 'duplicate row')} dropped"
+    note = f"{counted(dropped, f'duplicate {noun}')} dropped"
     if conflicts:
         note += f", {conflicts} of them labelled otherwise than the first, which is kept"
     return rows.take(list(first.values())), [note]
 
 
-def drop_shared(train: Rows, test: Rows) -> tuple[Rows, list[str]]:
-    """Return the rows of ``train`` whose text is no exact duplicate of one in ``test``, and notes."""
-    held_out = {normalise(text) for text in test.texts}
-    kept = [i for i, text in enumerate(train.texts) if normalise(text) not in held_out]
+def drop_shared(
+    train: R, keys: Sequence[str], held_out: Collection[str], noun: str, origins: tuple[str, str]
+) -> tuple[R, list[str]]:
+    """Return the rows of ``train`` that are no exact duplicate of one in the test split, and notes.
+
+    Args:
+        train: The rows.
+        keys: As for :func:`drop_exact`.
+        held_out: The keys of the test split.
+        noun: What messages call a row.
+        origins: What messages call the training rows and the test rows.
+
+    Raises:
+        DataError: If none is left.
+    """
+    kept = [i for i, key in enumerate(keys) if key not in held_out]
     dropped = len(train) - len(kept)
+    if not kept:
+        raise DataError(
+            f"Every training {noun} of {origins[0]} repeats one of {origins[1]}, expected others to train on: "
+            "check [data] path and test_path."
+        )
     if not dropped:
         return train, []
-    return train.take(kept), [f"{counted(dropped, 'training row')} dropped for repeating a test row"]
+    return train.take(kept), [f"{counted(dropped, f'training {noun}')} dropped for repeating a test {noun}"]
 
 
 def shingles(text: str) -> frozenset[str]:

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from privfed.data.config import DataConfig
 from privfed.data.dataset import digest_of
+from privfed.data.duplicates import drop_exact, drop_shared
 from privfed.data.labels import class_names, class_numbers, keep_classes, limited, same_kind
 from privfed.data.records import Form
-from privfed.data.rows import Label, counted
+from privfed.data.rows import Label
 from privfed.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -133,15 +134,15 @@ def image_dataset(raw: RawImages, config: DataConfig, *, seed: int) -> ImageData
     Raises:
         DataError: If the images cannot be used as described.
     """
-    rows, dropped = _drop_exact(raw.train)
+    rows, dropped = drop_exact(raw.train, _hashes(raw.train), "image")
     notes = [*raw.notes, *dropped]
     # before anything the configuration chooses: a budget belongs to all of the images
-    digest = digest_of(map(image_hash, rows.images))
+    digest = digest_of(_hashes(rows))
     rows = keep_classes(rows, config.classes, rows.origin)
     if raw.test is not None:
         test = keep_classes(raw.test, config.classes, raw.test.origin, all_held=False)
         rows, test = same_kind(rows, test)
-        rows, shared = _drop_shared(rows, test)
+        rows, shared = drop_shared(rows, _hashes(rows), set(_hashes(test)), "image", (rows.origin, test.origin))
         notes += shared
     else:
         rows, test = _hold_out(rows, config.test_fraction)
@@ -164,38 +165,13 @@ def image_dataset(raw: RawImages, config: DataConfig, *, seed: int) -> ImageData
     )
 
 
-def _drop_exact(rows: ImageTable) -> tuple[ImageTable, list[str]]:
-    first: dict[str, int] = {}
-    conflicts = 0
-    for i, image in enumerate(rows.images):
-        kept = first.setdefault(image_hash(image), i)
-        conflicts += rows.labels[kept] != rows.labels[i]
-    dropped = len(rows) - len(first)
-    if not dropped:
-        return rows, []
-    note = f"{counted(dropped, 'duplicate image')} dropped"
-    if conflicts:
-        note += f", {conflicts} of them labelled otherwise than the first, which is kept"
-    return rows.take(list(first.values())), [note]
-
-
-def _drop_shared(train: ImageTable, test: ImageTable) -> tuple[ImageTable, list[str]]:
-    held_out = {image_hash(image) for image in test.images}
-    kept = [i for i, image in enumerate(train.images) if image_hash(image) not in held_out]
-    dropped = len(train) - len(kept)
-    if not kept:
-        raise DataError(
-            f"Every training image of {train.origin} repeats an image of {test.origin}, "
-            "expected other images to train on: check [data] path and test_path."
-        )
-    if not dropped:
-        return train, []
-    return train.take(kept), [f"{counted(dropped, 'training image')} dropped for repeating a test image"]
+def _hashes(rows: ImageTable) -> list[str]:
+    return [image_hash(image) for image in rows.images]
 
 
 def _hold_out(rows: ImageTable, fraction: float) -> tuple[ImageTable, ImageTable]:
     """Return training and test images; a class that would have no training image keeps all of them there."""
-    to_test = [int(image_hash(image)[:12], 16) / 2.0**48 < fraction for image in rows.images]
+    to_test = [int(key[:12], 16) / 2.0**48 < fraction for key in _hashes(rows)]
     trained = {label for label, test in zip(rows.labels, to_test, strict=True) if not test}
     held = [i for i, test in enumerate(to_test) if test and rows.labels[i] in trained]
     kept = sorted(set(range(len(rows))) - set(held))

@@ -10,7 +10,7 @@ import numpy as np
 
 from privfed.data.config import DataConfig
 from privfed.data.dataset import Dataset, Split, TextDataset, digest_of
-from privfed.data.duplicates import drop_exact, drop_shared
+from privfed.data.duplicates import drop_exact, drop_shared, normalise
 from privfed.data.images import RawImages
 from privfed.data.labels import class_names, class_numbers, keep_classes, limited, same_kind
 from privfed.data.records import form_of, has_labels
@@ -76,7 +76,7 @@ def load_texts(config: DataConfig, task: Task, seed: int) -> TextDataset:
     rows = check_rows(raw.train, config, task)
     notes = list(raw.notes)
     rows, empty = drop_empty(rows, raw.train.origin)
-    rows, dropped = drop_exact(rows)
+    rows, dropped = drop_exact(rows, [normalise(text) for text in rows.texts], "row")
     notes += empty + dropped
     digest = digest_of(rows.texts)  # before anything the configuration chooses: a budget belongs to all of the rows
     rows = keep_classes(rows, config.classes, raw.train.origin)
@@ -110,12 +110,8 @@ def _sides(raw: RawDataset, rows: Rows, config: DataConfig, task: Task) -> tuple
     if not has_labels(task):  # with classes a test row without text is still to be scored
         test, _ = drop_empty(test, raw.test.origin)
     rows, test = same_kind(rows, test)
-    rows, notes = drop_shared(rows, test)
-    if not rows:
-        raise DataError(
-            f"Every training row of {raw.train.origin} repeats a row of {raw.test.origin}, "
-            "expected other rows to train on: check [data] path and test_path."
-        )
+    keys, held_out = [normalise(text) for text in rows.texts], {normalise(text) for text in test.texts}
+    rows, notes = drop_shared(rows, keys, held_out, "row", (raw.train.origin, raw.test.origin))
     return rows, test, notes
 
 

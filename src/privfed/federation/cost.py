@@ -8,6 +8,7 @@ from typing import Any
 from privfed.config import RunConfig
 from privfed.errors import ConfigError
 from privfed.federation.collect import weight_values
+from privfed.federation.phases import TRAIN
 from privfed.secagg.cost import Groups, Work, grouped
 
 GROUP_SIZE = 50
@@ -58,9 +59,9 @@ def _cohort_and_length(config: RunConfig, length: int | None) -> tuple[int, int]
 
     material = gather(config)
     if length is None:
-        from privfed.federation.setup import trained_values  # loads torch
+        from privfed.federation.workbench import planned_lengths  # loads torch
 
-        length = trained_values(config, material)
+        length = planned_lengths(config, material)[TRAIN]
     return cohort or len(material.shards), length
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
 
-
-class Progress(Protocol):
-    """Callbacks of a run, called in order from one thread."""
+class Progress:
+    """Callbacks of a run, called in order from one thread. These do nothing: override those that matter."""
 
     def message(self, text: str) -> None:
         """Say one line."""
@@ -30,26 +28,5 @@ class Progress(Protocol):
         """The model was scored on the test split."""
 
 
-class Silent:
+class Silent(Progress):
     """A progress that says nothing."""
-
-    def message(self, text: str) -> None:
-        """Ignore."""
-
-    def round_started(self, phase: str, number: int, rounds: int, cohort: int) -> None:
-        """Ignore."""
-
-    def step_done(self, client_id: str, step: int, steps: int) -> None:
-        """Ignore."""
-
-    def client_done(self, client_id: str) -> None:
-        """Ignore."""
-
-    def client_dropped(self, client_id: str, reason: str) -> None:
-        """Ignore."""
-
-    def round_done(self, phase: str, number: int, rounds: int, epsilon: float | None) -> None:
-        """Ignore."""
-
-    def evaluated(self, phase: str, number: int, metric: str, value: float) -> None:
-        """Ignore."""

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from privfed.compression import CODECS, Codec, Ring
-from privfed.config import RunConfig, largest_clip
-from privfed.data import AnySplit
-from privfed.errors import ConfigError, ModelError
+from privfed.errors import ConfigError
 from privfed.federation.client import Client, Holder
 from privfed.federation.distributed import make_shares
 from privfed.federation.fairness import Fairness, make_fairness
@@ -22,41 +20,24 @@ from privfed.federation.material import Material, plans
 from privfed.federation.meter import make_meter
 from privfed.federation.pairs import check_pairs, find_pairs
 from privfed.federation.personal import PersonalStore
-from privfed.federation.phases import TRAIN, WARM_START, phases
+from privfed.federation.phases import TRAIN, phases
 from privfed.federation.roster import Roster
 from privfed.federation.round import Phase
 from privfed.federation.sharing import Sharing, share_out
-from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples, head_features
-from privfed.models.loading import LoadedModel, load_model
-from privfed.models.prefix import attach, find_prefix
-from privfed.models.tasks import build_examples
+from privfed.federation.workbench import Workbench, trained_lengths, trained_module
+from privfed.models.examples import Examples
 from privfed.privacy.mechanisms import AtWork, Site, built
 from privfed.privacy.mechanisms.gaussian import GaussianAtWork
 from privfed.privacy.plan import PhasePlan, Plan
-from privfed.rng import experiment_seed
 from privfed.rules import RULES
+from privfed.run_config import RunConfig, largest_clip
 from privfed.schedule import ClientConfig, ServerConfig
 from privfed.secagg import Identity
-from privfed.tuning import TUNINGS, TunedModel
 from privfed.tuning.layout import layout_of
 from privfed.types import PrivacyEvent, Shard
 
 if TYPE_CHECKING:
     from privfed.federation.progress import Progress
-
-
-# no tensor's name starts like this
-_NO_HEAD = " "
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workbench:
-    """Model and examples, ready to train."""
-
-    loaded: LoadedModel
-    tuned: TunedModel
-    train: ModelExamples
-    test: ModelExamples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,40 +50,6 @@ class Stage:
     trainer: LocalTrainer
     phase: Phase
     fairness: Fairness | None = None
-
-
-def build(config: RunConfig, material: Material, progress: Progress) -> Workbench:
-    """Load the model, apply the tuning, make the examples.
-
-    Raises:
-        ModelError: If the model or the tuning does not fit.
-    """
-    loaded, tuned = load_tuned(config, material)
-
-    def examples(split: AnySplit) -> ModelExamples:
-        return build_examples(split, material.dataset.kind, loaded, config.model)
-
-    bench = Workbench(
-        loaded=loaded,
-        tuned=tuned,
-        train=examples(material.dataset.train),
-        test=examples(material.dataset.test),
-    )
-    if config.model.dropout == 0.0 and not config.model.gradient_checkpointing:  # which is to save memory, not time
-        _cache_frozen(bench, config.model.cache_frozen_gib, progress)
-    return bench
-
-
-def load_tuned(config: RunConfig, material: Material) -> tuple[LoadedModel, TunedModel]:
-    """Load the model and apply the tuning.
-
-    Raises:
-        ModelError: If the model or the tuning does not fit.
-    """
-    seed = experiment_seed(config.seed, "init") % (1 << 31)
-    loaded = load_model(config.model, label_names=material.dataset.label_names, seed=seed)
-    tuning = TUNINGS.get(str(getattr(config.tuning, "name", None)))
-    return loaded, tuning.apply(loaded, config.tuning, seed)
 
 
 def make_stages(
@@ -133,7 +80,7 @@ def make_stages(
     stages = {}
     counted = trained_lengths(config, bench.tuned) if config.privacy.is_distributed else None
     for (name, client, server), phase_plan in zip(phases(config), plans(config, material, counted), strict=True):
-        module, train, test, prefix = _module(config, bench, name, progress)
+        module, train, test, prefix = trained_module(config, bench, name, progress)
         dp = None
         if plan is not None and config.privacy.unit == "example":
             dp = ExampleDp(
@@ -150,14 +97,6 @@ def make_stages(
     return stages
 
 
-def trained_lengths(config: RunConfig, tuned: TunedModel) -> dict[str, int]:
-    """Return how many values a client sends in each phase, where all that is trained is sent."""
-    lengths = {name: layout_of(tuned.model).size for name, _, _ in phases(config)}
-    if WARM_START in lengths:
-        lengths[WARM_START] = layout_of(trained_head(tuned)).size
-    return lengths
-
-
 def _fairness(config: RunConfig, material: Material) -> Fairness | None:
     data = material.dataset
     return make_fairness(
@@ -169,82 +108,6 @@ def _fairness(config: RunConfig, material: Material) -> Fairness | None:
         most=config.server.evaluate_clients,
         seed=config.seed,
     )
-
-
-def trained_values(config: RunConfig, material: Material) -> int:
-    """Return D, the number of values that the main phase trains, without tokenising any text.
-
-    Raises:
-        ModelError: If the model or the tuning does not fit.
-    """
-    seed = experiment_seed(config.seed, "init") % (1 << 31)
-    loaded = load_model(config.model, label_names=material.dataset.label_names, seed=seed)
-    tuned = TUNINGS.get(str(getattr(config.tuning, "name", None))).apply(loaded, config.tuning, seed)
-    only_head = getattr(config.tuning, "name", "") == "head"
-    return layout_of(trained_head(tuned) if only_head else tuned.model).size
-
-
-def trained_head(tuned: TunedModel) -> nn.Module:
-    """Return the head that is trained: peft keeps it beside a frozen copy of the original.
-
-    Raises:
-        ModelError: If the model has none.
-    """
-    if tuned.head is None:
-        raise ModelError("This model has no classification head to train: choose another tuning.")
-    head = tuned.model.get_submodule(tuned.head)
-    copies = getattr(head, "modules_to_save", None)
-    return head if copies is None else copies["default"]
-
-
-def _cache_frozen(bench: Workbench, gib: float, progress: Progress) -> None:
-    """Run frozen first blocks once over all examples, where there are any and their output fits.
-
-    The limit is fixed in the configuration: free memory would let a resumed run choose otherwise, and padding then
-    changes the last bits.
-    """
-    head: str | None = bench.tuned.head
-    prefix = find_prefix(bench.tuned.model, _NO_HEAD if head is None else head)
-    width = int(getattr(bench.tuned.model.config, "hidden_size", 0))
-    needed = 4 * width * int(bench.train.lengths.sum() + bench.test.lengths.sum())
-    if prefix is None or needed > gib * 2**30:
-        return
-    progress.message(f"Running the frozen blocks once over all examples ({needed / 2**20:.0f} MiB kept)")
-    if not attach(bench.tuned.model, prefix, bench.train, bench.test):
-        progress.message("The frozen blocks' output cannot be replayed in this model: running it whole")
-
-
-def _module(
-    config: RunConfig, bench: Workbench, name: str, progress: Progress
-) -> tuple[nn.Module, Examples, Examples, str | None]:
-    """Return what trains in a phase: (module, training examples, test examples, prefix of the head's names)."""
-    only_head = getattr(config.tuning, "name", "") == "head"
-    place: str | None = bench.tuned.head
-    if name == TRAIN and not only_head:
-        return bench.tuned.model, bench.train, bench.test, place
-    if place is None:
-        raise ModelError(
-            "head_warm_start trains the task's head first, and a causal language model has none of its own: "
-            'set head_warm_start.name = "none".'
-        )
-    train, test = _features(bench, progress)
-    if train is not None and test is not None:
-        return trained_head(bench.tuned), train, test, ""
-    if only_head:
-        return bench.tuned.model, bench.train, bench.test, place
-    raise ModelError(
-        "head_warm_start needs a model whose head gets one vector an example, and this one's gets every token: "
-        'set head_warm_start.name = "none".'
-    )
-
-
-def _features(bench: Workbench, progress: Progress) -> tuple[FeatureExamples | None, FeatureExamples | None]:
-    train, test = bench.train, bench.test
-    if bench.tuned.head is None or not (isinstance(train, LabelledExamples) and isinstance(test, LabelledExamples)):
-        return None, None
-    progress.message(f"Features of {len(train) + len(test)} examples from the frozen model")
-    head = bench.tuned.model.get_submodule(bench.tuned.head)
-    return head_features(bench.tuned.model, head, train), head_features(bench.tuned.model, head, test)
 
 
 def _sharing(

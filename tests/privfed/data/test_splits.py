@@ -28,6 +28,10 @@ def make(texts: Sequence[str], labels: Sequence[Label] | None = None) -> Rows:
     return Rows(texts=tuple(texts), labels=tuple(labels), clients=None)
 
 
+def keys(rows: Rows) -> list[str]:
+    return [normalise(text) for text in rows.texts]
+
+
 def brute_force_groups(texts: Sequence[str]) -> set[frozenset[int]]:
     """Return the connected groups of near-duplicates by comparing every pair."""
     sets = [shingles(text) for text in texts]
@@ -74,15 +78,17 @@ def test_near_is_at_least_four_fifths() -> None:
 
 
 def test_exact_duplicates_go_and_the_first_stays() -> None:
-    rows, notes = drop_exact(make(["A  b", "c", "a B\n", "C", "d"], [0, 1, 1, 1, 0]))
+    rows = make(["A  b", "c", "a B\n", "C", "d"], [0, 1, 1, 1, 0])
+    rows, notes = drop_exact(rows, keys(rows), "row")
     assert rows.texts == ("A  b", "c", "d")
     assert rows.labels == (0, 1, 0)
     assert notes == ["2 duplicate rows dropped, 1 of them labelled otherwise than the first, which is kept"]
-    assert drop_exact(rows) == (rows, [])
+    assert drop_exact(rows, keys(rows), "row") == (rows, [])
 
 
 def test_training_rows_that_repeat_a_test_row_go() -> None:
-    rows, notes = drop_shared(make(["a b", "c d", "e f"]), make(["C  D", "x"]))
+    rows = make(["a b", "c d", "e f"])
+    rows, notes = drop_shared(rows, keys(rows), keys(make(["C  D", "x"])), "row", ("a", "b"))
     assert rows.texts == ("a b", "e f")
     assert notes == ["1 training row dropped for repeating a test row"]
 

@@ -81,7 +81,7 @@ class Recorded:
 def federation(tiny_config: Callable[..., Any], tmp_path: Path) -> Iterator[Callable[..., Federation]]:
     """Return ``federation(**tables)``: the parts of a run of noise multiplier 1 with a ledger of its own."""
     from privfed.federation import material as materials
-    from privfed.federation import setup
+    from privfed.federation import setup, workbench
     from privfed.privacy.ledger import Ledger
 
     with ExitStack() as stack:
@@ -91,9 +91,9 @@ def federation(tiny_config: Callable[..., Any], tmp_path: Path) -> Iterator[Call
             privacy = {"target_epsilon": None, "noise_multiplier": 1.0, **tables.pop("privacy", {})}
             config = tiny_config(privacy=privacy, **tables)
             material = materials.gather(config)
-            bench = setup.build(config, material, Silent())
+            bench = workbench.build(config, material, Silent())
             distributed = config.privacy.is_distributed
-            lengths = setup.trained_lengths(config, bench.tuned) if distributed else None
+            lengths = workbench.trained_lengths(config, bench.tuned) if distributed else None
             plan = materials.plan_privacy(config, material, lengths)
             ledger = stack.enter_context(Ledger.open(tmp_path / "ledger.sqlite"))
             holder = Holder(

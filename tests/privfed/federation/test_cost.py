@@ -9,7 +9,7 @@ import pytest
 
 from privfed.errors import ConfigError
 from privfed.federation.cost import run_cost
-from privfed.federation.setup import trained_values
+from privfed.federation.workbench import planned_lengths
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
@@ -17,7 +17,7 @@ def test_the_cost_is_that_of_a_real_round(federation: Callable[..., Any], weight
     run = federation(privacy={"unit": "none"}, server={"cohort_size": 4, "weighting": weighting})
     _, report = run.round()
     cost = run_cost(run.config)
-    assert cost["values"] == run.phase.layout.size == trained_values(run.config, run.material)
+    assert cost["values"] == run.phase.layout.size == planned_lengths(run.config, run.material)["train"]
     assert cost["clients"] == 4 and cost == run_cost(run.config, length=cost["values"])
     assert report.bytes_up == cost["nobody_dropped"]["server"]["bytes_up"]
     broadcast = report.bytes_down - cost["nobody_dropped"]["server"]["bytes_down"]

@@ -18,7 +18,7 @@ from privfed.errors import BudgetExceededError, ConfigError
 from privfed.federation import collect
 from privfed.federation.progress import Silent
 from privfed.federation.round import run_round
-from privfed.federation.setup import trained_lengths
+from privfed.federation.workbench import trained_lengths
 from privfed.privacy.accountant import epsilon
 from privfed.privacy.discrete import planning
 from privfed.privacy.discrete.accounting import epsilon as discrete_epsilon

@@ -1,0 +1,151 @@
+"""From a configuration and its data to a model with its tuning, and its examples: what phases train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from privfed.config import RunConfig
+from privfed.data import AnySplit
+from privfed.errors import ModelError
+from privfed.federation.material import Material
+from privfed.federation.phases import TRAIN, WARM_START, phases
+from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples, head_features
+from privfed.models.loading import LoadedModel, load_model
+from privfed.models.prefix import attach, find_prefix
+from privfed.models.tasks import build_examples
+from privfed.rng import experiment_seed
+from privfed.tuning import TUNINGS, TunedModel
+from privfed.tuning.layout import layout_of
+
+if TYPE_CHECKING:
+    from privfed.federation.progress import Progress
+
+# no tensor's name starts like this
+_NO_HEAD = " "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workbench:
+    """Model and examples, ready to train."""
+
+    loaded: LoadedModel
+    tuned: TunedModel
+    train: ModelExamples
+    test: ModelExamples
+
+
+def build(config: RunConfig, material: Material, progress: Progress) -> Workbench:
+    """Load the model, apply the tuning, make the examples.
+
+    Raises:
+        ModelError: If the model or the tuning does not fit.
+    """
+    loaded, tuned = load_tuned(config, material)
+
+    def examples(split: AnySplit) -> ModelExamples:
+        return build_examples(split, material.dataset.kind, loaded, config.model)
+
+    bench = Workbench(
+        loaded=loaded,
+        tuned=tuned,
+        train=examples(material.dataset.train),
+        test=examples(material.dataset.test),
+    )
+    if config.model.dropout == 0.0 and not config.model.gradient_checkpointing:  # which is to save memory, not time
+        _cache_frozen(bench, config.model.cache_frozen_gib, progress)
+    return bench
+
+
+def load_tuned(config: RunConfig, material: Material) -> tuple[LoadedModel, TunedModel]:
+    """Load the model and apply the tuning.
+
+    Raises:
+        ModelError: If the model or the tuning does not fit.
+    """
+    seed = experiment_seed(config.seed, "init") % (1 << 31)
+    loaded = load_model(config.model, label_names=material.dataset.label_names, seed=seed)
+    tuning = TUNINGS.get(str(getattr(config.tuning, "name", None)))
+    return loaded, tuning.apply(loaded, config.tuning, seed)
+
+
+def trained_lengths(config: RunConfig, tuned: TunedModel) -> dict[str, int]:
+    """Return how many values a client sends in each phase, where all that is trained is sent."""
+    lengths = {name: layout_of(tuned.model).size for name, _, _ in phases(config)}
+    if WARM_START in lengths:
+        lengths[WARM_START] = layout_of(trained_head(tuned)).size
+    return lengths
+
+
+def planned_lengths(config: RunConfig, material: Material) -> dict[str, int]:
+    """Return :func:`trained_lengths` of a run that is not set up: loads the model, tokenises no text.
+
+    Raises:
+        ModelError: If the model or the tuning does not fit.
+    """
+    return trained_lengths(config, load_tuned(config, material)[1])
+
+
+def trained_module(
+    config: RunConfig, bench: Workbench, name: str, progress: Progress
+) -> tuple[nn.Module, Examples, Examples, str | None]:
+    """Return what trains in a phase: (module, training examples, test examples, prefix of the head's names)."""
+    only_head = getattr(config.tuning, "name", "") == "head"
+    place: str | None = bench.tuned.head
+    if name == TRAIN and not only_head:
+        return bench.tuned.model, bench.train, bench.test, place
+    if place is None:
+        raise ModelError(
+            "head_warm_start trains the task's head first, and a causal language model has none of its own: "
+            'set head_warm_start.name = "none".'
+        )
+    train, test = _features(bench, progress)
+    if train is not None and test is not None:
+        return trained_head(bench.tuned), train, test, ""
+    if only_head:
+        return bench.tuned.model, bench.train, bench.test, place
+    raise ModelError(
+        "head_warm_start needs a model whose head gets one vector an example, and this one's gets every token: "
+        'set head_warm_start.name = "none".'
+    )
+
+
+def trained_head(tuned: TunedModel) -> nn.Module:
+    """Return the head that is trained: peft keeps it beside a frozen copy of the original.
+
+    Raises:
+        ModelError: If the model has none.
+    """
+    if tuned.head is None:
+        raise ModelError("This model has no classification head to train: choose another tuning.")
+    head = tuned.model.get_submodule(tuned.head)
+    copies = getattr(head, "modules_to_save", None)
+    return head if copies is None else copies["default"]
+
+
+def _features(bench: Workbench, progress: Progress) -> tuple[FeatureExamples | None, FeatureExamples | None]:
+    train, test = bench.train, bench.test
+    if bench.tuned.head is None or not (isinstance(train, LabelledExamples) and isinstance(test, LabelledExamples)):
+        return None, None
+    progress.message(f"Features of {len(train) + len(test)} examples from the frozen model")
+    head = bench.tuned.model.get_submodule(bench.tuned.head)
+    return head_features(bench.tuned.model, head, train), head_features(bench.tuned.model, head, test)
+
+
+def _cache_frozen(bench: Workbench, gib: float, progress: Progress) -> None:
+    """Run frozen first blocks once over all examples, where there are any and their output fits.
+
+    The limit is fixed in the configuration: free memory would let a resumed run choose otherwise, and padding then
+    changes the last bits.
+    """
+    head: str | None = bench.tuned.head
+    prefix = find_prefix(bench.tuned.model, _NO_HEAD if head is None else head)
+    width = int(getattr(bench.tuned.model.config, "hidden_size", 0))
+    needed = 4 * width * int(bench.train.lengths.sum() + bench.test.lengths.sum())
+    if prefix is None or needed > gib * 2**30:
+        return
+    progress.message(f"Running the frozen blocks once over all examples ({needed / 2**20:.0f} MiB kept)")
+    if not attach(bench.tuned.model, prefix, bench.train, bench.test):
+        progress.message("The frozen blocks' output cannot be replayed in this model: running it whole")

@@ -1,0 +1,260 @@
+"""RunConfig: the whole run as strict, frozen tables. What cannot hold is refused here, before any data is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from privfed.compression import CODECS
+from privfed.data import PARTITIONERS, form_of, has_labels
+from privfed.data.config import DataConfig
+from privfed.data.sharding import no_classes
+from privfed.errors import ConfigError
+from privfed.models.config import ModelConfig
+from privfed.privacy.config import PrivacyConfig
+from privfed.privacy.discrete.config import check_distributed
+from privfed.privacy.mechanisms import MECHANISMS
+from privfed.registry import Registry
+from privfed.rules import RULES, check_rule
+from privfed.schedule import ClientConfig, HeadWarmStart, ServerConfig
+from privfed.secagg.config import SecAggConfig
+from privfed.table import Table
+from privfed.tuning import TUNINGS
+
+
+class LedgerConfig(Table):
+    """Where the data holder's ledger is, and its cap.
+
+    Attributes:
+        path: The SQLite file. None: beside the data file, or in the run folder where there is no file.
+        project: A name that groups runs in listings.
+        epsilon_cap: Over all runs on the same data, at ``privacy.target_delta``; None leaves the stored cap.
+    """
+
+    path: str | None = None
+    project: str = "default"
+    epsilon_cap: float | None = Field(default=None, gt=0)
+
+
+class EvaluateConfig(Table):
+    """What is measured beside the scores, once, when training is over.
+
+    Attributes:
+        generate: For a causal language model: let it continue this many test rows, score what it writes (ROUGE, BLEU)
+            and *show the rows in the report*.
+        max_new_tokens: The most that it writes on each.
+    """
+
+    generate: int = Field(default=0, ge=0, le=1000)
+    max_new_tokens: int = Field(default=64, ge=1)
+
+
+class AuditConfig(Table):
+    """Recording for audits; not available yet, so only ``false`` is taken."""
+
+    record: Literal[False] = False
+
+
+def _tagged(registry: Registry[Any], default: str) -> Any:
+    """Return a field type: a table whose ``name`` picks the plug-in whose table it is."""
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Table):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"expected a table with a name, got {value!r}")
+        name = value.get("name", default)
+        if not isinstance(name, str):
+            raise ValueError(f"name must be a string, got {name!r}")
+        return registry.get(name).config.model_validate(dict(value))
+
+    return Annotated[SerializeAsAny[Table], BeforeValidator(pick)]
+
+
+class RunConfig(Table):
+    """A whole run. ``privfed config show <preset>`` prints one with every default."""
+
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig(name="pydoc")
+    partition: _tagged(PARTITIONERS, "iid") = Field(default_factory=lambda: PARTITIONERS.get("iid").config())  # type: ignore[valid-type]
+    tuning: _tagged(TUNINGS, "ffa_lora") = Field(default_factory=lambda: TUNINGS.get("ffa_lora").config())  # type: ignore[valid-type]
+    head_warm_start: HeadWarmStart = HeadWarmStart()
+    client: ClientConfig = ClientConfig()
+    server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig(target_epsilon=8.0)
+    compression: _tagged(CODECS, "identity") = Field(default_factory=lambda: CODECS.get("identity").config())  # type: ignore[valid-type]
+    secagg: SecAggConfig = SecAggConfig()
+    ledger: LedgerConfig = LedgerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    audit: AuditConfig = AuditConfig()
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        form_of(self.data, self.model.task)
+        if self.model.task != "causal_lm" and self.evaluate.generate:
+            raise ConfigError(
+                f'evaluate.generate = {self.evaluate.generate} with model.task = "{self.model.task}", which writes no '
+                "text: set evaluate.generate = 0."
+            )
+        if has_labels(self.model.task):
+            return self
+        name = str(getattr(self.partition, "name", ""))
+        if PARTITIONERS.get(name).needs_labels:
+            raise ConfigError(no_classes(name))
+        if self.head_warm_start.name != "none":
+            raise ConfigError(
+                f'head_warm_start.name = "{self.head_warm_start.name}" trains a classification head, and '
+                f'model.task = "{self.model.task}" has none: set head_warm_start.name = "none".'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> Self:
+        """An example must add at most the clip: what it does to the *rounding* of others' gradients counts too."""
+        if self.privacy.unit != "example":
+            return self
+        reasons = {
+            "autocast": (
+                self.model.autocast == "bf16",
+                "one more example in a batch changes its padding, and the bfloat16 rounding of all the others with it",
+                "none",
+            ),
+            "quantization": (
+                self.model.quantization == "8bit",
+                "8-bit products pick their outlier columns over the whole batch, so examples touch each other",
+                "4bit",
+            ),
+        }
+        if self.model.dropout:
+            raise ConfigError(
+                f'model.dropout = {self.model.dropout:g} with privacy.unit = "example": an example draws another mask '
+                "alone than in its batch, so that its gradient could not be checked; set model.dropout = 0.0."
+            )
+        for key, (given, reason, instead) in reasons.items():
+            if given:
+                raise ConfigError(
+                    f'model.{key} = "{getattr(self.model, key)}" with privacy.unit = "example": {reason}, and the clip '
+                    f'would not bound what one example does; set model.{key} = "{instead}".'
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_codec(self) -> Self:
+        name = str(getattr(self.compression, "name", ""))
+        masked = self.secagg.name == "masked"
+        found = CODECS.get(name).declare(self.compression, masked)
+        given, instead = f'compression.name = "{name}"', 'use compression.name = "identity" or "stochastic_quantizer"'
+        if masked and not found.summable:
+            raise ConfigError(f'{given} with secagg.name = "masked": its messages do not add up in a ring; {instead}.')
+        missing = {
+            "clients that keep a residual": found.stateful,
+            "a server that keeps a state": found.server_state,
+            "two exchanges a round": found.second_pass,
+            "a server that decodes each message": found.needs_individual,
+            "choices that are shared anew each round": found.needs_context,
+        }
+        for what, needed in missing.items():
+            if needed:
+                raise ConfigError(f"{given} needs {what}, which training does not provide yet; {instead}.")
+        if self.privacy.unit == "client" and not (found.linear and found.bounded):
+            raise ConfigError(
+                f'{given} with privacy.unit = "client": noise needs a bound on what one client changes in the sum, '
+                f"and this codec gives none; {instead}."
+            )
+        if self.server.weighting == "examples" and not found.scales:
+            raise ConfigError(
+                f'{given} with server.weighting = "examples": its message is the same whatever the weight; set '
+                'server.weighting = "uniform".'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        cohort = self.server.cohort_size
+        if self.secagg.name == "masked" and cohort == 1:
+            raise ValueError(
+                'server.cohort_size = 1 with secagg.name = "masked": the sum of one update is that update; '
+                'use a cohort of 2 or more, or secagg.name = "none"'
+            )
+        if self.secagg.name == "masked" and cohort is not None and self.privacy.unit != "client":
+            try:
+                self.secagg.requirements().least_survivors(cohort)
+            except ConfigError as error:
+                raise ValueError(f"server.cohort_size = {cohort}: {str(error).removesuffix('.')}") from error
+        if self.privacy.unit == "client" and self.server.weighting == "examples":
+            raise ValueError(
+                'server.weighting = "examples" with privacy.unit = "client": weights would depend on the protected '
+                'client; use weighting = "uniform"'
+            )
+        check_rule(
+            self.server,
+            self.client,
+            tuning=str(getattr(self.tuning, "name", "")),
+            unit=self.privacy.unit,
+            masked=self.secagg.name == "masked",
+        )
+        if self.privacy.is_distributed:
+            check_distributed(
+                unit=self.privacy.unit,
+                relation=self.privacy.neighboring_relation,
+                client=self.client,
+                server=self.server,
+                warm=self.head_warm_start,
+                secagg=self.secagg.name,
+                compression=str(getattr(self.compression, "name", "")),
+            )
+        elif self.privacy.unit == "client":
+            self._check_mechanism()
+        return self
+
+    def _check_mechanism(self) -> None:
+        name, codec = self.privacy.mechanism_name, str(getattr(self.compression, "name", ""))
+        mechanism = MECHANISMS.get(name)
+        if mechanism.correlated and RULES.get(self.server.aggregation).alternates:
+            raise ValueError(
+                f"privacy.mechanism = {name!r} correlates the noise of one round with the next and "
+                f'server.aggregation = {self.server.aggregation!r} sends other values in each; use "gaussian"'
+            )
+        known = mechanism.codecs
+        if known is not None and codec not in known:
+            raise ValueError(
+                f"compression.name = {codec!r} with privacy.mechanism = {name!r}: the mechanism sends values of its "
+                f"own that this codec may cut; use compression.name = {known[0]!r}"
+            )
+        most = largest_clip(self)
+        if most is not None and self.privacy.l2_clip_norm > most:
+            raise ValueError(
+                f"privacy.l2_clip_norm = {self.privacy.l2_clip_norm:g} is above compression.max_value = {most:g}: "
+                "clients with larger values would drop out of masked rounds, which depends on their data; raise "
+                "max_value or lower l2_clip_norm"
+            )
+
+    def ring_bits(self, clients: int) -> int:
+        """Return the ring that masked sums of up to ``clients`` updates are taken in."""
+        if self.secagg.ring_bits != "auto":
+            return self.secagg.ring_bits
+        return CODECS.get(str(getattr(self.compression, "name", None))).ring_bits(self.compression, clients)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the resolved configuration."""
+        return hashlib.sha256(self.to_toml().encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved tables; keys without a value are left out, as TOML has no null."""
+        return self.model_dump(mode="python", exclude_none=True)
+
+    def to_toml(self) -> str:
+        """Return the resolved configuration as TOML."""
+        return tomli_w.dumps(self.to_dict())
+
+
+def largest_clip(config: RunConfig) -> float | None:
+    """Return the largest norm of an update of which no value can be beyond the codec's range; None for no limit."""
+    fails_beyond = config.secagg.name == "masked" and getattr(config.compression, "name", "") == "identity"
+    return float(getattr(config.compression, "max_value", math.inf)) if fails_beyond else None
