@@ -85,9 +85,12 @@ class Rule:
         """Return the names of tensors that clients train and never send."""
         return frozenset()
 
-    def carried(self, pairs: Sequence[Pair]) -> tuple[str, ...]:  # noqa: ARG002
-        """Return the names of tensors that the server changes and broadcasts and that no client trains."""
-        return ()
+    def carried(self, pairs: Sequence[Pair]) -> tuple[str, ...]:
+        """Return the names of tensors that the server changes and broadcasts and that no client trains.
+
+        These are the base weights where the rule changes them.
+        """
+        return tuple(pair.weight for pair in pairs) if self.changes_base else ()
 
     def resting(self, round_number: int, pairs: Sequence[Pair]) -> frozenset[str]:  # noqa: ARG002
         """Return the names of trained tensors that stand still in this round (counted from 1).

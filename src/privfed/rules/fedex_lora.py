@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from privfed.rules import LORA_TUNINGS, RULES, Contribution, Pair, Rule, Setting, Tensors
+from privfed.rules import LORA_TUNINGS, RULES, Contribution, Rule, Setting, Tensors
 
 
 @RULES.register("fedex_lora")
@@ -20,10 +20,6 @@ class FedExLora(Rule):
     takes = LORA_TUNINGS
     plain_server = True
     changes_base = True
-
-    def carried(self, pairs: Sequence[Pair]) -> tuple[str, ...]:
-        """Return the base weights' names."""
-        return tuple(pair.weight for pair in pairs)
 
     def step(
         self, before: Tensors, averaged: Tensors, contributions: Sequence[Contribution], setting: Setting

@@ -23,10 +23,6 @@ class FLora(Rule):
     plain_server = True
     changes_base = True
 
-    def carried(self, pairs: Sequence[Pair]) -> tuple[str, ...]:
-        """Return the base weights' names."""
-        return tuple(pair.weight for pair in pairs)
-
     def remade(self, pairs: Sequence[Pair]) -> frozenset[str]:
         """Return the names of all factors."""
         return frozenset(name for pair in pairs for name in (pair.a, pair.b))
