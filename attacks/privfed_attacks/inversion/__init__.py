@@ -31,6 +31,7 @@ class Setting:
     Attributes:
         sequences: How many examples are in what was observed (all rounds show the same); None if not known.
         max_tokens: The most tokens that an example has, with special ones.
+        lengths: How many tokens each example has, with special ones; None if not known.
         labels: The examples' labels; None if not known.
         auxiliary: Texts from elsewhere, for a prior.
         shape: (channels, height, width) of an image.
@@ -39,6 +40,7 @@ class Setting:
 
     sequences: int | None = None
     max_tokens: int = 32
+    lengths: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
     auxiliary: tuple[str, ...] = ()
     shape: tuple[int, int, int] | None = None

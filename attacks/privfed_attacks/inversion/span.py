@@ -1,10 +1,11 @@
 """The span attack (DAGER), over several rounds and through sums.
 
 Petrov, Dimitrov, Baader, Müller, Vechev 2024, "DAGER: Exact Gradient Inversion for Large Language Models", NeurIPS,
-arXiv 2405.15586. The input of the first layer is a look-up, frozen and public: so are all possible inputs. Those of the
-batch span the rows of the first layer's gradient, and as long as there are fewer of them than the layer is wide, a token
-(at a position) is in the batch if and only if its input lies in that span. Candidate texts are then checked in the span
-of the second layer, where a position's input depends on the whole text (encoders) or on all before it (decoders).
+arXiv 2405.15586. The input of the first layer is a look-up, frozen and public: so are all possible inputs. Those of
+the batch span the rows of the first layer's gradient, and as long as there are fewer of them than the layer is wide, a
+token (at a position) is in the batch if and only if its input lies in that span. Candidate texts are then checked in
+the span of the second layer, where a position's input depends on the whole text (encoders) or on all before it
+(decoders).
 
 What is added here:
 
@@ -41,29 +42,28 @@ class SpanConfig(Table):
     """Options.
 
     Attributes:
-        tolerance: A member's largest relative distance from the span beside what the noise explains.
-        deviations: How many times the distance that the noise explains is accepted.
-        most: Accept nothing farther than this, whatever the noise explains.
+        share: A token is a member if it is nearer to the span than this share of what is usual in the vocabulary.
+        deviations: A member's position is taken if it is no farther than so many times what the noise explains.
         order: Put the tokens into texts with the second layer.
         restarts: How often the search for a text starts anew.
     """
 
     name: Literal["span"] = "span"
-    tolerance: float = Field(default=2e-3, gt=0)
-    deviations: float = Field(default=4.0, gt=0)
-    most: float = Field(default=0.05, gt=0, le=1)
+    share: float = Field(default=0.85, gt=0, le=1)
+    deviations: float = Field(default=1.5, gt=0)
     order: bool = True
-    restarts: int = Field(default=6, ge=1)
+    restarts: int = Field(default=4, ge=1)
 
 
 def run(
     observations: Sequence[Observation], model: PublicModel, setting: Setting, config: SpanConfig
 ) -> Reconstruction:
     """Return the tokens whose inputs lie in the observed span, and the texts that the second layer confirms."""
-    from privfed_attacks.text.membership import members
+    from privfed_attacks.text.membership import Test, members
     from privfed_attacks.text.ordering import ordered
 
-    found = members(observations, model, setting, config.tolerance, config.deviations, config.most)
+    test = Test(share=config.share, deviations=config.deviations)
+    found = members(observations, model, setting.max_tokens, test)
     facts: dict[str, Any] = dict(found.facts)
     texts: tuple[tuple[int, ...], ...] = ()
     if config.order and found.pairs:

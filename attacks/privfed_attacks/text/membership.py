@@ -42,37 +42,54 @@ class Members:
         return tuple(token for _, (token, place) in near if place in (-1, position))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Test:
+    """When a candidate is a member.
+
+    Where the observed rows do not span all inputs yet, members lie *near* the span, and how near the others lie is seen
+    on the vocabulary, nearly all of which is not in the batch: of the distances of all tokens (each at its best
+    position) the 2% quantile is the *null*, and a token below ``share`` of it is a member. A member's positions are
+    those where its distance is what the noise explains, or little more than the least.
+
+    Attributes:
+        share: A member's largest distance as a share of the null.
+        deviations: A member's largest distance at its positions, in multiples of what the noise explains.
+        slack: ... or in multiples of its least distance, where that is larger.
+    """
+
+    share: float = 0.85
+    deviations: float = 1.5
+    slack: float = 1.25
+
+
+_NULL = 0.02
+
+
 def members(
-    observations: Sequence[Observation],
-    model: PublicModel,
-    setting: object,
-    tolerance: float,
-    deviations: float,
-    most: float,
+    observations: Sequence[Observation], model: PublicModel, max_tokens: int, test: Test | None = None
 ) -> Members:
     """Test every token of the vocabulary at every position.
 
     Args:
         observations: Of one client, or of sums over the same clients; each may be of another round.
         model: The adversary's model; its parameters are set to what was broadcast.
-        setting: ``Setting``: how long texts may be.
-        tolerance: The largest relative distance of a member that noise does not explain.
-        deviations: How many times the explained distance is accepted.
-        most: The largest distance that is ever accepted.
+        max_tokens: How long texts may be.
+        test: When a candidate is a member.
     """
-    length = int(getattr(setting, "max_tokens", 32))
-    stacked = _stacked(observations, model, length)
-    facts: dict[str, float | int | str] = {"groups": len(stacked)}
+    stacked = _stacked(observations, model, max_tokens)
+    facts: dict[str, float | int | str] = {"dictionaries": len(stacked), "rank": 0}
     pairs: dict[tuple[int, int], float] = {}
     positional = False
     for last, group, rows in stacked:
         span = span_of(rows)
-        facts |= {"rank": span.rank, "width": span.width, "rows": span.rows, "saturated": int(span.saturated)}
+        if span.rank >= int(facts["rank"]):
+            facts |= {"rank": span.rank, "width": span.width, "rows": span.rows, "saturated": int(span.saturated)}
         positional |= group.positional
         if span.saturated:
             continue
-        module = model.at(last)
-        for pair, distance in _passing(module, model, group, span, length, (tolerance, deviations, most)):
+        found, null = _passing(model.at(last), model, group, span, max_tokens, test or Test())
+        facts["null"] = round(null, 4)
+        for pair, distance in found:
             pairs[pair] = min(distance, pairs.get(pair, np.inf))
     order = sorted(pairs)
     facts["members"] = len(order)
@@ -104,20 +121,20 @@ def _stacked(
 
 @torch.no_grad()
 def _passing(
-    module: torch.nn.Module,
-    model: PublicModel,
-    group: Group,
-    span: Span,
-    length: int,
-    limits: tuple[float, float, float],
-) -> list[tuple[tuple[int, int], float]]:
-    tolerance, deviations, most = limits
+    module: torch.nn.Module, model: PublicModel, group: Group, span: Span, max_tokens: int, test: Test
+) -> tuple[list[tuple[tuple[int, int], float]], float]:
+    """Return the members with their distances, and the null."""
     tokens = np.arange(len(model.tokenizer), dtype=np.int64)
+    length = max_tokens if group.positional else 1
+    parts = [span.distances(x) for _, x in dictionary(module, group.first, tokens, length)]
+    distance = torch.cat([part[0] for part in parts])
+    expected = torch.cat([part[1] for part in parts])
+    least = distance.min(dim=1).values
+    null = float(least.double().quantile(_NULL))
+    inside = least < test.share * null
+    near = distance <= torch.maximum(test.deviations * expected, test.slack * least[:, None])
     found = []
-    for some, x in dictionary(module, group.first, tokens, length if group.positional else 1):
-        distance, expected = span.distances(x)
-        limit = (deviations * expected).clamp(min=tolerance, max=most)
-        for row, place in (distance <= limit).nonzero().tolist():
-            position = place if group.positional else -1
-            found.append(((int(some[row]), position), float(distance[row, place])))
-    return found
+    for row, place in (near & inside[:, None]).nonzero().tolist():
+        position = place if group.positional else -1
+        found.append(((int(tokens[row]), position), float(distance[row, place])))
+    return found, null

@@ -113,6 +113,7 @@ class _Search:
     ) -> None:
         self.model, self.seconds, self.found, self.setting, self.draw = model, seconds, found, setting, draw
         self.best = max(seconds, key=lambda each: each.span.rank)
+        self.now: _Second | None = None
         tokenizer = model.tokenizer
         self.padding = int(tokenizer.pad_token_id or 0)
         self.end = tokenizer.sep_token_id
@@ -143,6 +144,8 @@ class _Search:
                 text, cost = self._climb(choices)
                 if cost < PASSES:
                     passed[text] = cost
+                if len(passed) == self.setting.sequences:
+                    break
         most = self.setting.sequences or len(passed)
         return tuple(sorted(passed, key=lambda text: passed[text])[:most])
 
@@ -181,6 +184,8 @@ class _Search:
 
     def _lengths(self) -> list[int]:
         ends = {position for token, position in self.found.pairs if token == self.end}
+        if self.setting.lengths is not None:
+            return sorted(self.setting.lengths)
         if not self.found.positional:
             ends = set(range(2, self.setting.max_tokens))
         return sorted(position + 1 for position in ends if position >= 1)
@@ -218,11 +223,17 @@ class _Search:
     @torch.no_grad()
     def _distances(self, texts: list[Text]) -> NDArray[np.float64]:
         ids, mask = masked_batch(texts, self.padding)
-        module = self.model.at(self.best.observation)
-        site = self.best.group.first
-        x = inputs(module, [site], ids, mask)[site.tensor].float()
+        x = self._inputs(self.best, ids, mask).float()
         distances: NDArray[np.float64] = self.best.span.distances(x)[0].double().numpy()
         return distances
+
+    def _inputs(self, second: _Second, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the second layer's inputs in a round; its parameters are written only when the round changes."""
+        if self.now is not second:
+            self.model.at(second.observation)
+            self.now = second
+        module, site = self.model.phase_module(second.observation.phase), second.group.first
+        return inputs(module, [site], ids, mask)[site.tensor]
 
     # encoders, all texts at once
 
@@ -280,9 +291,7 @@ class _Search:
         ids, mask = masked_batch(texts, self.padding)
         left = []
         for second in self.seconds:
-            module = self.model.at(second.observation)
-            site = second.group.first
-            x = inputs(module, [site], ids, mask)[site.tensor][mask.bool()].double().numpy()
+            x = self._inputs(second, ids, mask)[mask.bool()].double().numpy()
             basis, _ = np.linalg.qr(x.T)
             rows = second.rows_nd
             left.append(float(np.sum((rows - rows @ basis @ basis.T) ** 2) / np.sum(rows**2)))

@@ -9,8 +9,8 @@ basis vector u_i by about 1 / s_i in each of the d - k directions outside, so th
 
     E ||x - U Uᵀ x||² = (d - k) * sum_i (u_i . x / s_i)²                                            (*)
 
-and a candidate is accepted if its distance is no more than a few times that. Without noise (*) is near 0 and the test is
-that of DAGER; with much noise (*) is as large as the distance of any other vector, and ``selective`` says so.
+and a candidate is accepted if its distance is no more than a few times that. Without noise (*) is near 0 and the test
+is that of DAGER; with much noise (*) is as large as the distance of any other vector, and nothing is accepted.
 
 Shape suffixes: n stacked rows, d width, k rank of the signal, N candidates.
 """
@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 from privfed_attacks.observation import Observation
 
 Array = NDArray[np.float64]
-_ROUNDING = 2.0**-24  # largest relative error of a float32
-_UNIFORM = 1 / np.sqrt(3.0)
+_CANCELLED = 0.05  # relative distances below this lose digits in float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +62,26 @@ class Span:
         return self.rank == 0 or self.rank >= self.width
 
     def distances(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (relative distance from the span, what it would be of a member by the noise) of vectors [..., d]."""
+        """Return (relative distance from the span, what it would be of a member by the noise) of vectors [..., d].
+
+        Both in float32, but for distances that are small beside the vector: those are computed anew without
+        cancellation.
+        """
         size = x.norm(dim=-1).clamp_min(1e-12)
-        inside = x @ self.basis_dk
-        outside = (size**2 - inside.norm(dim=-1) ** 2).clamp_min(0).sqrt()
-        expected = (self.width - self.rank) ** 0.5 * (inside / self.values_k).norm(dim=-1)
-        return outside / size, expected / size
+        inside = x @ self.basis_dk.float()
+        distance = (size**2 - inside.norm(dim=-1) ** 2).clamp_min(0).sqrt() / size
+        expected = (self.width - self.rank) ** 0.5 * (inside / self.values_k).norm(dim=-1) / size
+        near = distance < _CANCELLED
+        close = x[near].double()
+        distance[near] = (self.outside(close).norm(dim=-1) / close.norm(dim=-1).clamp_min(1e-12)).to(distance.dtype)
+        return distance, expected
+
+    def outside(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the part of vectors [..., d] (float64) that lies outside the span."""
+        return x - (x @ self.basis_dk) @ self.basis_dk.T
 
 
-def span_of(stacks: Sequence[tuple[Array, float]], margin: float = 2.0) -> Span:
+def span_of(stacks: Sequence[tuple[Array, float]], margin: float = 1.05) -> Span:
     """Return the span of matrices of rows.
 
     Args:
@@ -81,14 +91,14 @@ def span_of(stacks: Sequence[tuple[Array, float]], margin: float = 2.0) -> Span:
     parts = [rows / max(noise, 1e-30) for rows, noise in stacks if np.abs(rows).max(initial=0.0) > 0]
     if not parts:
         width = stacks[0][0].shape[1] if stacks else 1
-        return Span(basis_dk=torch.zeros(width, 0), values_k=torch.zeros(0), floor=0.0, rows=0)
+        return Span(basis_dk=torch.zeros(width, 0, dtype=torch.float64), values_k=torch.zeros(0), floor=0.0, rows=0)
     stacked = np.concatenate(parts)
     rows, width = stacked.shape
     _, values, right = _svd(stacked)
     floor = margin * (np.sqrt(rows) + np.sqrt(width))
     kept = int((values > max(floor, values[0] * 1e-10)).sum())
     return Span(
-        basis_dk=torch.from_numpy(np.ascontiguousarray(right[:kept].T)).float(),
+        basis_dk=torch.from_numpy(np.ascontiguousarray(right[:kept].T)),
         values_k=torch.from_numpy(values[:kept].copy()).float(),
         floor=float(floor),
         rows=rows,
@@ -112,13 +122,10 @@ def noise_of(observation: Observation, name: str) -> float:
     """
     side, value = observation.side, observation.payload[name]
     steps = side.client.local_steps if side.client is not None else 1
-    size = (
-        float(np.sqrt(np.mean(observation.params[name].astype(np.float64) ** 2))) if name in observation.params else 0
-    )
-    size = max(size, float(np.abs(value).max(initial=0.0)))
-    rounding = size * _ROUNDING * _UNIFORM * np.sqrt(steps)
-    grid = grid_step(value) * _UNIFORM / 2 ** (observation.contributors == 1)
-    return float(np.sqrt(rounding**2 + grid**2 + _private(observation) ** 2))
+    before = observation.params.get(name, value)
+    rounding = steps * np.mean(np.spacing(np.abs(before)).astype(np.float64) ** 2) / 12
+    grid = grid_step(value) ** 2 / (12 if observation.contributors > 1 else 6)
+    return float(np.sqrt(rounding + grid + _private(observation) ** 2))
 
 
 def grid_step(value: NDArray[np.float32]) -> float:
