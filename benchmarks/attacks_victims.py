@@ -176,7 +176,7 @@ def ring_sum(messages: Sequence[Encoded], bits: int) -> EncodedSum:
 
 
 def sentences(tokenizer: Any, max_tokens: int, least: int = 8) -> list[str]:
-    """Return distinct first sentences of the built-in data set that have between ``least`` and ``max_tokens`` tokens."""
+    """Return distinct first sentences of the built-in data set of ``least`` to ``max_tokens`` tokens."""
     dataset = load_dataset(DataConfig(name="pydoc"), seed=0)
     firsts = dict.fromkeys(text.split(". ")[0].strip().rstrip(".") for text in dataset.train.texts)
     found = list(firsts)

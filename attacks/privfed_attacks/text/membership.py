@@ -46,10 +46,12 @@ class Members:
 class Test:
     """When a candidate is a member.
 
-    Where the observed rows do not span all inputs yet, members lie *near* the span, and how near the others lie is seen
-    on the vocabulary, nearly all of which is not in the batch: of the distances of all tokens (each at its best
-    position) the 2% quantile is the *null*, and a token below ``share`` of it is a member. A member's positions are
-    those where its distance is what the noise explains, or little more than the least.
+    Once the observed rows span all inputs, members are as far from the span as the noise explains, and there are at
+    least as many of them as the span has directions: then no others are. Where the rows do not span all inputs yet,
+    members lie *near* the span, and how near the others lie is seen on the vocabulary, nearly all of which is not in
+    the batch: of the distances of all tokens (each at its best position) the median is the *null*, and a token
+    below ``share`` of it is a member. Its positions are those where its distance is what the noise explains, or little
+    more than the least.
 
     Attributes:
         share: A member's largest distance as a share of the null.
@@ -62,7 +64,8 @@ class Test:
     slack: float = 1.25
 
 
-_NULL = 0.02
+_COMPLETE = 0.9
+_OUTSIDE = 8  # with fewer directions outside a span, distances from it vary too much to tell anything
 
 
 def members(
@@ -85,7 +88,7 @@ def members(
         if span.rank >= int(facts["rank"]):
             facts |= {"rank": span.rank, "width": span.width, "rows": span.rows, "saturated": int(span.saturated)}
         positional |= group.positional
-        if span.saturated:
+        if span.saturated or span.width - span.rank < _OUTSIDE:
             continue
         found, null = _passing(model.at(last), model, group, span, max_tokens, test or Test())
         facts["null"] = round(null, 4)
@@ -130,9 +133,11 @@ def _passing(
     distance = torch.cat([part[0] for part in parts])
     expected = torch.cat([part[1] for part in parts])
     least = distance.min(dim=1).values
-    null = float(least.double().quantile(_NULL))
-    inside = least < test.share * null
-    near = distance <= torch.maximum(test.deviations * expected, test.slack * least[:, None])
+    null = float(least.median())
+    explained = distance <= test.deviations * expected
+    complete = int(explained.sum()) >= _COMPLETE * span.rank
+    near = explained if complete else explained | (distance <= test.slack * least[:, None])
+    inside = near.any(dim=1) if complete else near.any(dim=1) & (least < test.share * null)
     found = []
     for row, place in (near & inside[:, None]).nonzero().tolist():
         position = place if group.positional else -1

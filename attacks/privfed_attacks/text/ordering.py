@@ -32,7 +32,7 @@ from privfed_attacks.text.membership import Members
 from privfed_attacks.text.spans import Span, noise_of, span_of
 
 Text = tuple[int, ...]
-PASSES = 0.03
+PASSES, DEVIATIONS = 2e-3, 2.0
 _BEAM = 64
 
 
@@ -79,9 +79,10 @@ def _second(observation: Observation, model: PublicModel) -> _Second | None:
     wide = [each for each in found if each.sites[0].rows(observation.payload[each.first.tensor]).shape[1] > 1]
     # of the groups after the first mixing, those with LoRA's narrow inputs say least
     hidden = max((each.first.rows(observation.payload[each.first.tensor]).shape[1] for each in wide), default=0)
-    for group in wide:
+    # query, key and value of the second block share their input: the token itself and, mixed in, its context
+    for group in sorted(wide, key=lambda each: -len(each.sites)):
         rows = payload_rows(group, observation.payload)
-        if rows[0][1].shape[1] * 2 < hidden:
+        if rows[0][1].shape[1] * 4 < hidden:
             continue
         span = span_of([(matrix, noise_of(observation, site.tensor)) for site, matrix in rows])
         if span.rank:
@@ -142,7 +143,7 @@ class _Search:
                 continue
             for _ in range(restarts):
                 text, cost = self._climb(choices)
-                if cost < PASSES:
+                if cost < self._limit(text):
                     passed[text] = cost
                 if len(passed) == self.setting.sequences:
                     break
@@ -170,9 +171,11 @@ class _Search:
         kept = []
         for start in range(0, len(texts), 512):
             some = texts[start : start + 512]
-            distances = self._distances(some)
-            kept += [(float(row[len(text) - 1]), text) for row, text in zip(distances, some, strict=True)]
-        return [text for cost, text in sorted(kept) if cost < PASSES]
+            distances, expected = self._distances(some)
+            limits = np.maximum(PASSES, DEVIATIONS * expected)
+            last = [len(text) - 1 for text in some]
+            kept += [(float(distances[i, j]), some[i]) for i, j in enumerate(last) if distances[i, j] < limits[i, j]]
+        return [text for _, text in sorted(kept)]
 
     @staticmethod
     def _distinct(texts: list[Text]) -> list[Text]:
@@ -185,7 +188,7 @@ class _Search:
     def _lengths(self) -> list[int]:
         ends = {position for token, position in self.found.pairs if token == self.end}
         if self.setting.lengths is not None:
-            return sorted(self.setting.lengths)
+            return sorted(set(self.setting.lengths))
         if not self.found.positional:
             ends = set(range(2, self.setting.max_tokens))
         return sorted(position + 1 for position in ends if position >= 1)
@@ -211,21 +214,26 @@ class _Search:
                 costs = self._cost(tried)
                 chosen = int(np.argmin(costs))
                 text, cost = list(tried[chosen]), costs[chosen]
-            if cost >= before or cost < PASSES / 4:
+            if cost >= before or cost < self._limit(tuple(text)):
                 break
         return tuple(text), cost
 
     def _cost(self, texts: list[Text]) -> list[float]:
         """Return each text's root mean squared distance from the second layer's span."""
-        found = self._distances(texts)
+        found, _ = self._distances(texts)
         return [float(np.sqrt(np.mean(row[: len(text)] ** 2))) for row, text in zip(found, texts, strict=True)]
 
+    def _limit(self, text: Text) -> float:
+        _, expected = self._distances([text])
+        return max(PASSES, DEVIATIONS * float(np.sqrt(np.mean(expected**2))))
+
     @torch.no_grad()
-    def _distances(self, texts: list[Text]) -> NDArray[np.float64]:
+    def _distances(self, texts: list[Text]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return (distances from the second layer's span, what the noise explains of them) [N, S]."""
         ids, mask = masked_batch(texts, self.padding)
         x = self._inputs(self.best, ids, mask).float()
-        distances: NDArray[np.float64] = self.best.span.distances(x)[0].double().numpy()
-        return distances
+        distances, expected = self.best.span.distances(x)
+        return distances.double().numpy(), expected.double().numpy()
 
     def _inputs(self, second: _Second, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the second layer's inputs in a round; its parameters are written only when the round changes."""
