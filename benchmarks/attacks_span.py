@@ -10,7 +10,7 @@ gives texts. ``prior`` guesses from 200 texts of the same kind and sees no updat
 
 * ``full``: 4 texts, one step of full fine-tuning.
 * ``lora``: 4 texts, LoRA of rank 8 on query and value, 5 rounds.
-* ``sum``: the masked sum of 4 clients with 2 texts each, LoRA of rank 8, 8 rounds.
+* ``sum``: the masked sum of 4 clients with 2 texts each, LoRA of rank 8, 8 rounds of 5 local steps.
 * ``dp``: as ``lora``, with DP-SGD of noise multiplier 0.1.
 * ``map``: cohort size x rounds x rank of the masked sum, 2 texts a client: token recall.
 * ``codecs``: as ``lora``, through codecs.
@@ -27,7 +27,7 @@ from attacks_victims import Scene, Victims, tried
 LINES: dict[str, Scene] = {
     "full": Scene(tuning={"name": "full"}, learning_rate=0.1),
     "lora": Scene(rounds=5),
-    "sum": Scene(masked=True, clients=4, batch=2, rounds=8),
+    "sum": Scene(masked=True, clients=4, batch=2, rounds=8, local_steps=5),
     "dp": Scene(rounds=5, noise_multiplier=0.1),
 }
 BARS = {"full": (0.99, 0.99), "lora": (0.95, 0.0), "sum": (0.90, 0.0)}
@@ -57,7 +57,12 @@ def heat_map(cohorts: list[int], rounds: list[int], ranks: list[int], batches: i
     for rank in ranks:
         for cohort in cohorts:
             scene = Scene(
-                tuning={"name": "lora", "r": rank}, masked=cohort > 1, clients=cohort, batch=2, rounds=max(rounds)
+                tuning={"name": "lora", "r": rank},
+                masked=cohort > 1,
+                clients=cohort,
+                batch=2,
+                rounds=max(rounds),
+                local_steps=5,
             )
             cells += _cells(Victims(scene), rounds, batches)
     return cells

@@ -93,6 +93,7 @@ class Victims:
             clients=scene.clients,
             cohort_size=scene.clients,
             masked=scene.masked,
+            compression=CODECS.get(scene.compression["name"]).config.model_validate(scene.compression),
             unit="example" if scene.noise_multiplier else "none",
             noise_multiplier=scene.noise_multiplier,
             l2_clip_norm=scene.l2_clip_norm if scene.noise_multiplier else None,

@@ -124,7 +124,9 @@ def noise_of(observation: Observation, name: str) -> float:
     steps = side.client.local_steps if side.client is not None else 1
     before = observation.params.get(name, value)
     rounding = steps * np.mean(np.spacing(np.abs(before)).astype(np.float64) ** 2) / 12
-    grid = grid_step(value) ** 2 / (12 if observation.contributors > 1 else 6)
+    # the average of n messages lies on a grid n times finer than theirs; stochastic rounding is off by twice as much
+    stochastic = 6 if "quantizer" in str(getattr(side.compression, "name", "")) else 12
+    grid = grid_step(value) ** 2 * observation.contributors / stochastic
     return float(np.sqrt(rounding + grid + _private(observation) ** 2))
 
 
