@@ -103,8 +103,7 @@ def plan_privacy(config: RunConfig, material: Material, lengths: Mapping[str, in
             "releasing one of them in full would satisfy it, so the guarantee is meaningless; lower it.",
             stacklevel=2,
         )
-    masked = config.secagg.name == "masked"
-    return make_plan(config.privacy, plans(config, material, lengths), masked=masked)
+    return make_plan(config.privacy, plans(config, material, lengths), masks=config.secagg.masks())
 
 
 def _check_batches(config: RunConfig, shards: tuple[Shard, ...]) -> None:

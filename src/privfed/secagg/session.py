@@ -82,6 +82,13 @@ class Requirements:
         """Return how many of ``n`` clients may be corrupt."""
         return at_most(self.corrupt, n)
 
+    def met_by(self, n: int) -> bool:
+        """Return whether a cohort of ``n`` clients, which may be 0, can meet them."""
+        try:
+            return n > 1 and self.least_survivors(n) <= n
+        except ConfigError:
+            return False
+
     def least_survivors(self, n: int) -> int:
         """Return n_min for a cohort of ``n``.
 

@@ -157,8 +157,11 @@ class ClientMechanism(Protocol):
     def event(self, phase: PhasePlan, noise_multiplier: float, relation: Relation) -> PrivacyEvent:
         """Return the stage as an event; ``noise_multiplier`` is the run's, before the phase's own scale."""
 
-    def small_cohorts(self, phase: PhasePlan) -> float:
-        """Return a bound on the probability that some round samples fewer than two clients."""
+    def others(self, phase: PhasePlan) -> tuple[int, float] | None:
+        """Return who is Poisson-sampled in a round beside a protected client: (how many, with what probability).
+
+        None where no cohort is drawn at random. Of groups of clients it is the smallest.
+        """
 
     def running_error(self, phase: PhasePlan, noise_multiplier: float) -> float:
         """Return the noise in the model: root mean square over rounds of one value of all averages so far, over

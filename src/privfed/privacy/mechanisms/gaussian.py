@@ -73,9 +73,9 @@ class Gaussian:
             relation=relation,
         )
 
-    def small_cohorts(self, phase: PhasePlan) -> float:
-        """Return the probability, by the union bound over rounds, without the protected client."""
-        return phase.rounds * at_most_one(phase.clients - 1, phase.cohort_size / phase.clients)
+    def others(self, phase: PhasePlan) -> tuple[int, float]:
+        """Return all other clients."""
+        return phase.clients - 1, phase.cohort_size / phase.clients
 
     def running_error(self, phase: PhasePlan, noise_multiplier: float) -> float:
         """Return the error of sums of independent noises."""
@@ -146,16 +146,6 @@ class GaussianAtWork:
             sensitivity=self.sensitivity,
         )
         return Release(mean_D=noised_D / self.cohort_size, memory=memory)
-
-
-def at_most_one(clients: int, probability: float) -> float:
-    """Return the probability that a Poisson sample of ``clients`` has at most one client."""
-    if clients < 2:
-        return 1.0
-    if probability >= 1:
-        return 0.0
-    nobody = math.exp(clients * math.log1p(-probability))
-    return nobody * (1 + clients * probability / (1 - probability))
 
 
 def check(event: PrivacyEvent) -> None:

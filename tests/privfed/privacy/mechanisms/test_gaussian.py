@@ -3,19 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
 
 from privfed.privacy.mechanisms import MECHANISMS, REPEATED, Moment, built
-from privfed.privacy.mechanisms.gaussian import at_most_one
-
-
-@settings(max_examples=100, deadline=None)
-@given(clients=st.integers(0, 3000), probability=st.floats(1e-6, 1))
-def test_the_probability_of_a_small_cohort(clients, probability):
-    assert at_most_one(clients, probability) == pytest.approx(stats.binom.cdf(1, clients, probability), rel=1e-6)
 
 
 def test_a_round_costs_one_step_and_is_released_once(make, keeper):
