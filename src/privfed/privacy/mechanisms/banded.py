@@ -72,9 +72,9 @@ class BandedConfig(Table):
     """Options.
 
     Attributes:
-        bands: Over how many rounds noise is correlated; under ``cyclic_poisson`` also the number of groups. More
-            bands cancel more noise and amplify less: ``privfed budget`` tells the error of each choice. None: 8, or
-            as many as groups of a cohort's size allow.
+        bands: Bands of C (1: independent noise); under ``cyclic_poisson`` also the number of groups. More bands cancel
+            more noise and amplify less: ``privfed budget`` tells the error of each choice. None: 8, or as many as
+            groups of a cohort's size allow.
         sampling: Who takes part; see the module.
         coefficients: ``optimized`` for prefix sums over the planned rounds, or the closed form ``square_root``.
     """
