@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from privfed.config import RunConfig
 from privfed.privacy.plan import PhasePlan, Sums
 from privfed.schedule import ClientConfig, ServerConfig
+from privfed.secagg.session import MAX_CLIENTS, MIN_CLIENTS
 
 WARM_START, TRAIN = "warm_start", "train"
 _DEVIATIONS = 8.0
@@ -56,6 +57,9 @@ def phase_plans(
         lengths: Values that a client sends, by phase; distributed noise cannot be planned without.
     """
     cohort = config.server.cohort_size or len(sizes)
+    least = MIN_CLIENTS  # cohorts of a fixed size are looked at before the run
+    if config.privacy.placed == "central":
+        least = config.secagg.requirements().smallest_cohort(min(len(sizes), MAX_CLIENTS))
     plans = []
     for name, client, server in phases(config):
         probabilities = {c: client.probability(n) for c, n in sizes.items()}
@@ -67,6 +71,7 @@ def phase_plans(
                 clients=len(sizes),
                 local_steps=client.local_steps,
                 noise_scale=config.head_warm_start.noise_scale if name == WARM_START else 1.0,
+                least_cohort=least,
                 probabilities=probabilities,
                 sums=_sums(config, cohort, lengths[name], _most_examples(probabilities, sizes)) if lengths else None,
             )

@@ -49,6 +49,7 @@ class PhasePlan:
         local_steps: Steps a client takes each time it takes part.
         probabilities: Each client's sampling probability of one example.
         noise_scale: The phase's noise multiplier over the run's.
+        least_cohort: The smallest cohort that can be masked, for cohorts that are drawn at random.
         sums: What distributed noise needs besides; None without it.
     """
 
@@ -59,6 +60,7 @@ class PhasePlan:
     local_steps: int
     probabilities: Mapping[str, float]
     noise_scale: float = 1.0
+    least_cohort: int = 2
     sums: Sums | None = None
 
     @property
@@ -220,10 +222,10 @@ def _event(privacy: PrivacyConfig, phase: PhasePlan, noise: float, probability: 
 
 
 def _lost_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bool) -> float:
-    """Return a bound on the probability that any round samples fewer than two clients.
+    """Return a bound on the probability that any round samples fewer clients than a masked sum needs.
 
-    A masked sum needs two. Whether such a round is lost depends on who was sampled, which the Gaussian mechanism
-    does not cover: the event's probability (with or without the protected client) is taken out of delta.
+    Whether such a round is lost depends on who was sampled, which the Gaussian mechanism does not cover: the event's
+    probability (with or without the protected client) is taken out of delta.
 
     Raises:
         ConfigError: If it is more than a tenth of delta.
@@ -235,7 +237,8 @@ def _lost_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked:
     if lost > LOST_ROUNDS_SHARE * privacy.target_delta:
         raise ConfigError(
             f"With client-level sampling of {phases[-1].cohort_size} expected clients, some round has fewer than the "
-            f"two that a masked sum needs with probability {lost:.1g}, more than a tenth of target_delta = "
-            f'{privacy.target_delta:g}: raise server.cohort_size, or set secagg.name = "none".'
+            f"{phases[-1].least_cohort} that a masked sum needs with probability {lost:.1g}, more than a tenth of "
+            f"target_delta = {privacy.target_delta:g}: raise server.cohort_size, unset secagg.n_min, lower "
+            f'secagg.corrupt, or set secagg.name = "none".'
         )
     return lost

@@ -129,8 +129,8 @@ def test_masked_client_level_with_a_tiny_cohort_is_refused_in_a_sentence():
     with pytest.raises(ConfigError) as caught:
         make_plan(privacy(unit="client"), [phase(10, 5, 20)], masked=True)
     sentence = str(caught.value)
-    assert "5 expected clients" in sentence and "two that a masked sum needs" in sentence
-    assert sentence.endswith('raise server.cohort_size, or set secagg.name = "none".')
+    assert "5 expected clients" in sentence and "the 2 that a masked sum needs" in sentence
+    assert sentence.endswith('or set secagg.name = "none".')
     assert make_plan(privacy(unit="client"), [phase(10, 5, 20)], masked=False).lost_rounds_delta == 0
 
 

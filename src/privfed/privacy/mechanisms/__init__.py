@@ -158,7 +158,7 @@ class ClientMechanism(Protocol):
         """Return the stage as an event; ``noise_multiplier`` is the run's, before the phase's own scale."""
 
     def small_cohorts(self, phase: PhasePlan) -> float:
-        """Return a bound on the probability that some round samples fewer than two clients."""
+        """Return a bound on the probability that some round samples fewer clients than ``phase.least_cohort``."""
 
     def running_error(self, phase: PhasePlan, noise_multiplier: float) -> float:
         """Return the noise in the model: root mean square over rounds of one value of all averages so far, over

@@ -52,7 +52,7 @@ from privfed.privacy.mechanisms import (
     clip_update,
     committed,
 )
-from privfed.privacy.mechanisms.gaussian import PUBLIC_COUNT, at_most_one
+from privfed.privacy.mechanisms.gaussian import PUBLIC_COUNT, fewer
 from privfed.privacy.noise import gaussian_noise, on_grid
 from privfed.privacy.toeplitz import check_decreasing, inverse, optimised, prefix_error, sensitivity, square_root
 from privfed.rng import experiment_rng
@@ -152,7 +152,7 @@ class Banded:
         if not self._cyclic:
             return 0.0
         group = phase.clients // self.bands(phase)
-        return phase.rounds * at_most_one(group - 1, self.stage(phase).sampling_probability)
+        return phase.rounds * fewer(phase.least_cohort, group - 1, self.stage(phase).sampling_probability)
 
     def running_error(self, phase: PhasePlan, noise_multiplier: float) -> float:
         """Return the error of sums of correlated noises."""

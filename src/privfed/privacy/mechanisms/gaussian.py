@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import bdtr
 
 from privfed.errors import ConfigError
 from privfed.privacy.calibrate import Stage
@@ -75,7 +76,7 @@ class Gaussian:
 
     def small_cohorts(self, phase: PhasePlan) -> float:
         """Return the probability, by the union bound over rounds, without the protected client."""
-        return phase.rounds * at_most_one(phase.clients - 1, phase.cohort_size / phase.clients)
+        return phase.rounds * fewer(phase.least_cohort, phase.clients - 1, phase.cohort_size / phase.clients)
 
     def running_error(self, phase: PhasePlan, noise_multiplier: float) -> float:
         """Return the error of sums of independent noises."""
@@ -148,14 +149,9 @@ class GaussianAtWork:
         return Release(mean_D=noised_D / self.cohort_size, memory=memory)
 
 
-def at_most_one(clients: int, probability: float) -> float:
-    """Return the probability that a Poisson sample of ``clients`` has at most one client."""
-    if clients < 2:
-        return 1.0
-    if probability >= 1:
-        return 0.0
-    nobody = math.exp(clients * math.log1p(-probability))
-    return nobody * (1 + clients * probability / (1 - probability))
+def fewer(least: int, clients: int, probability: float) -> float:
+    """Return the probability that a Poisson sample of ``clients`` has fewer than ``least``."""
+    return 1.0 if clients < least else float(bdtr(least - 1, clients, probability))
 
 
 def check(event: PrivacyEvent) -> None:

@@ -238,7 +238,7 @@ def test_noise_for_a_budget_and_rounds_for_a_budget(sampling, make):
 def test_small_groups_are_set_aside_or_refused_under_masking(make):
     """The smallest group counts, and a schedule has no small cohorts."""
     few = make.plan(probabilities={"a": 1.0}, cohort_size=4, rounds=10)
-    with pytest.raises(ConfigError, match="fewer than the two"):
+    with pytest.raises(ConfigError, match="fewer than the 2"):
         make_plan(table(), [few], masked=True)
     assert make_plan(table(), [few], masked=False).lost_rounds_delta == 0
     turns = table(mechanism={"name": "banded", "sampling": "min_separation"})
@@ -246,6 +246,8 @@ def test_small_groups_are_set_aside_or_refused_under_masking(make):
     assert mechanism(bands=5).small_cohorts(make.plan(clients=103)) < 1e-9
     expected = 10 * stats.binom.cdf(1, 24, 0.16)
     assert mechanism(bands=4).small_cohorts(few) == pytest.approx(expected)
+    larger = mechanism(bands=4).small_cohorts(replace(few, least_cohort=3))
+    assert larger == pytest.approx(10 * stats.binom.cdf(2, 24, 0.16))
 
 
 # --- the noise ---------------------------------------------------------------------------------------------------

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from privfed.privacy.mechanisms import MECHANISMS, REPEATED, Moment, built
-from privfed.privacy.mechanisms.gaussian import at_most_one
+from privfed.privacy.mechanisms.gaussian import fewer
 
 
 @settings(max_examples=100, deadline=None)
-@given(clients=st.integers(0, 3000), probability=st.floats(1e-6, 1))
-def test_the_probability_of_a_small_cohort(clients, probability):
-    assert at_most_one(clients, probability) == pytest.approx(stats.binom.cdf(1, clients, probability), rel=1e-6)
+@given(clients=st.integers(0, 300), probability=st.fractions(Fraction(1, 10**6), 1), least=st.integers(2, 6))
+def test_the_probability_of_a_small_cohort(clients, probability, least):
+    exact = sum(
+        math.comb(clients, k) * probability**k * (1 - probability) ** (clients - k)
+        for k in range(min(least, clients + 1))
+    )
+    assert fewer(least, clients, float(probability)) == pytest.approx(float(exact), rel=1e-6, abs=1e-300)
 
 
 def test_a_round_costs_one_step_and_is_released_once(make, keeper):
