@@ -185,8 +185,8 @@ def _exchange(
 ) -> tuple[Collected, str | None]:
     """Return what the server got, and why the round is lost where it is."""
     nothing = Collected(total=None, survivors=(), bytes_up=0, bytes_down=0)
-    if not cohort or (phase.masked and len(cohort) < 2):
-        return nothing, None if phase.central else "fewer than two clients for a masked sum"
+    if not cohort or (phase.masked and not phase.requirements.met_by(len(cohort))):
+        return nothing, None if phase.central else f"a masked sum over {len(cohort)} clients cannot meet [secagg]"
     try:
         link = _link(cohort, state.round + 1, phase, holder)
     except ConfigError as error:  # a cohort drawn at random can be too small for secagg.n_min
