@@ -134,6 +134,7 @@ def nested_properties(config: Any, masked: bool, **own: bool) -> Properties:
         bounded=inner.bounded,
         needs_context=True,
         needs_round_seed=inner.needs_round_seed,
+        steady=False,
     )
     return replace(mine, **own)
 

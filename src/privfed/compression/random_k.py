@@ -23,6 +23,8 @@ from privfed.compression import (
     Properties,
     Ring,
     RoundContext,
+    inner_carries,
+    inner_ring_bits,
     plain_inner,
 )
 from privfed.compression.fixed_point import check_finite
@@ -105,4 +107,12 @@ class RandomK(Nested):
         return self._drawn[length]
 
 
-CODECS.register("random_k")(CodecPlugin(config=RandomKConfig, build=RandomK, declare=RandomK.declared))
+CODECS.register("random_k")(
+    CodecPlugin(
+        config=RandomKConfig,
+        build=RandomK,
+        declare=RandomK.declared,
+        ring_bits=inner_ring_bits,
+        carries=inner_carries,
+    )
+)
