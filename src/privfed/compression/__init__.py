@@ -104,6 +104,7 @@ class Properties:
             read each one where nothing is masked.
         steady: The values of a sum have the same meaning and number in every round, so that noise may be correlated
             over rounds.
+        dense: Every value of the updates has a part in what is decoded, so that every trained tensor has to move.
     """
 
     summable: bool
@@ -121,6 +122,7 @@ class Properties:
     downlink: bool = False
     separable: bool = True
     steady: bool = True
+    dense: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ Shape suffixes: D values of an update, K values sent.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -70,7 +71,7 @@ class RandomK(Nested):
     @staticmethod
     def declared(config: RandomKConfig, masked: bool) -> Properties:
         """Return what is true of it."""
-        return seeded_properties(config, masked)
+        return replace(seeded_properties(config, masked), dense=False)
 
     def values(self, length: int) -> int:
         """Return K."""

@@ -83,6 +83,7 @@ class TopK(Nested):
             stateful=config.error_feedback,
             needs_individual=True,
             steady=inner.steady,
+            dense=False,
             downlink=inner.downlink,
         )
 

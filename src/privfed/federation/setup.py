@@ -163,7 +163,7 @@ def _phase(
     place = Place(seed=config.seed, run_id=holder.run_id, phase=phase_plan.name, round=1)
     central = _central(config, phase_plan, plan, codec, sharing, place)
     shares = make_shares(config, material.shards, phase_plan, plan, sharing.layout, trainer)
-    store = _store(sharing, codec, own)
+    store = _store(sharing, codec, own, phase_plan.name)
     downlink = _downlink(config, sharing, trainer)
 
     def client(shard: Shard) -> Client:
@@ -223,12 +223,13 @@ def _noise(central: AtWork | None, codec: Codec, phase: PhasePlan) -> float | No
     return central.noise_multiplier * central.sensitivity / phase.cohort_size
 
 
-def _store(sharing: Sharing, codec: Codec, own: Path | None) -> PersonalStore | None:
+def _store(sharing: Sharing, codec: Codec, own: Path | None, phase: str) -> PersonalStore | None:
     if not sharing.personal.size and not sharing.rule.variates and not codec.properties.stateful:
         return None
     if own is None:
         raise ConfigError("Clients of this run keep a state of their own: give a folder for it.")
-    return PersonalStore(own)
+    # rounds count from 1 in each phase: another phase's files must not be taken for this one's
+    return PersonalStore(own if phase == TRAIN else own.with_name(f"{own.name}-{phase}"))
 
 
 def _identities(material: Material, holder: Holder) -> dict[str, Identity]:
