@@ -24,7 +24,7 @@ from privfed.run_config import RunConfig
 from privfed.tuning import TUNINGS
 
 MECHANISM = "privacy.mechanism"
-TAGGED = ("partition", "tuning", "compression", "head_warm_start", "secagg", MECHANISM)
+TAGGED = ("partition", "tuning", "compression", "downlink", "head_warm_start", "secagg", MECHANISM)
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -178,6 +178,7 @@ def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
         "partition": PARTITIONERS,
         "tuning": TUNINGS,
         "compression": CODECS,
+        "downlink": CODECS,
         "mechanism": MECHANISMS,
     }
     for depth, name in enumerate(place):
