@@ -216,10 +216,10 @@ class RunConfig(Table):
     def _check_mechanism(self) -> None:
         name, codec = self.privacy.mechanism_name, str(getattr(self.compression, "name", ""))
         mechanism = MECHANISMS.get(name)
-        if mechanism.correlated and RULES.get(self.server.aggregation).alternates:
+        if mechanism.correlated and RULES.get(self.server.rule).alternates:
             raise ValueError(
                 f"privacy.mechanism = {name!r} correlates the noise of one round with the next and "
-                f'server.aggregation = {self.server.aggregation!r} sends other values in each; use "gaussian"'
+                f'server.aggregation = {self.server.rule!r} sends other values in each; use "gaussian"'
             )
         known = mechanism.codecs
         if known is not None and codec not in known:

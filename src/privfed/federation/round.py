@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.compression import Codec
-from privfed.errors import BudgetExceededError, ConfigError, LedgerError, ThresholdError
+from privfed.errors import BudgetExceededError, ConfigError, LedgerError, RoundError, ThresholdError
 from privfed.federation.client import Broadcast, Client, Holder
 from privfed.federation.cohort import balanced_cohort, poisson_cohort
 from privfed.federation.collect import Collected, Link, MaskedLink, PlainLink
@@ -136,7 +136,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
     ).to_bytes()
     tally = _Tally(meter=phase.meter() if phase.meter else None)
     collected, lost = _exchange(cohort, broadcast, state, phase, holder, progress, tally)
-    release = _release(collected, phase, holder, state.mechanism, number, broadcast, lost)
+    release = _combined(_release(collected, phase, holder, state.mechanism, number, broadcast, lost), collected, phase)
     mean_M = release.mean_D
     after = _advance(replace(state, mechanism=release.memory), mean_M, collected, phase)
     if phase.central is None:  # whom Poisson sampling chose is nobody's business, and nothing depends on it
@@ -272,6 +272,22 @@ def _release(
         return Release(mean_D=None if lost or total is None else sum_M / total.total_weight, memory=memory, lost=lost)
     moment = Moment(phase=phase.plan.name, round=number, broadcast=broadcast, lost=lost)
     return phase.central.release(None if lost else sum_M, moment, holder, memory)
+
+
+def _combined(release: Release, collected: Collected, phase: Phase) -> Release:
+    """Return the release with what the rule makes of the single updates, where it does not take their average."""
+    rule = phase.sharing.rule
+    if release.mean_D is None or not rule.combines:
+        return release
+    updates_KM = np.stack([delta_M for _, delta_M in _deltas(collected, phase)])
+    updates_KM = updates_KM[np.isfinite(updates_KM).all(axis=1)]  # no honest client sends anything else
+    try:
+        reason = rule.refusal(len(updates_KM))
+        if reason is not None:
+            raise RoundError(f"{len(updates_KM)} finite updates: {reason}")
+        return replace(release, mean_D=rule.combined(updates_KM))
+    except RoundError as error:
+        return replace(release, mean_D=None, lost=str(error))
 
 
 def _advance(state: ServerState, mean_M: NDArray[np.float64] | None, collected: Collected, phase: Phase) -> ServerState:

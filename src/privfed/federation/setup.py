@@ -29,7 +29,7 @@ from privfed.models.examples import Examples
 from privfed.privacy.mechanisms import AtWork, Site, built
 from privfed.privacy.mechanisms.gaussian import GaussianAtWork
 from privfed.privacy.plan import PhasePlan, Plan
-from privfed.rules import RULES
+from privfed.rules import made
 from privfed.run_config import RunConfig, largest_clip
 from privfed.schedule import ClientConfig, ServerConfig
 from privfed.secagg import Identity
@@ -114,9 +114,9 @@ def _sharing(
     config: RunConfig, module: nn.Module, prefix: str | None, client: ClientConfig, server: ServerConfig
 ) -> Sharing:
     """Return how the trained tensors are shared out; tensors that the server carries are frozen from here on."""
-    rule = RULES.get(server.aggregation)()
+    rule = made(server.aggregation)
     pairs = find_pairs(module) if rule.takes is not None or server.meter else ()
-    check_pairs(module, rule, pairs, server.aggregation)
+    check_pairs(module, rule, pairs, server.rule)
     carried = set(rule.carried(pairs))
     for name, parameter in module.named_parameters():
         if name in carried:

@@ -88,9 +88,9 @@ def _check_sum(server: ServerConfig, secagg: str, compression: str) -> None:
             f"server.weighting = {server.weighting!r} {with_}: what one unit adds is bounded in an unweighted sum "
             'only; use weighting = "uniform"'
         )
-    if server.aggregation != "fedavg":
+    if server.rule != "fedavg":
         raise ValueError(
-            f"server.aggregation = {server.aggregation!r} {with_} is not available: only plain sums are proved; use "
+            f"server.aggregation = {server.rule!r} {with_} is not available: only plain sums are proved; use "
             'aggregation = "fedavg", or placement = "local" or "central"'
         )
     if server.personal:
