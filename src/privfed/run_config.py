@@ -213,6 +213,20 @@ class RunConfig(Table):
             self._check_mechanism()
         return self
 
+    @model_validator(mode="after")
+    def _check_single(self) -> Self:
+        """A rule that reads single updates needs a codec that decodes one by itself."""
+        codec = str(getattr(self.compression, "name", ""))
+        found = CODECS.get(codec).declare(self.compression, self.secagg.name == "masked")
+        alone = found.linear and not found.server_state and not found.second_pass
+        if RULES.get(self.server.rule).needs_individual and not alone:
+            raise ConfigError(
+                f"compression.name = {codec!r} with server.aggregation = {self.server.rule!r}: the rule reads single "
+                'updates, and this codec decodes nothing but the sum of them; use compression.name = "identity", or '
+                'aggregation = "fedavg".'
+            )
+        return self
+
     def _check_mechanism(self) -> None:
         name, codec = self.privacy.mechanism_name, str(getattr(self.compression, "name", ""))
         mechanism = MECHANISMS.get(name)
