@@ -135,7 +135,7 @@ class Matrix:
         """The refused combinations of one tuning of each class, each with its sentence."""
         return {cell: reason for cell in self.cells() if (reason := self._reason(cell)) is not None}
 
-    @property
+    @cached_property
     def allowed_total(self) -> int:
         """The number of combinations that run."""
         return self.total - sum(self.weight(cell) for cell in self.refused)
@@ -144,7 +144,7 @@ class Matrix:
         """Yield every combination of one tuning of each class."""
         yield from itertools.product(self.tunings, *(self.labels[axis] for axis in AXES[1:]))
 
-    @property
+    @cached_property
     def tunings(self) -> dict[str, list[str]]:
         """The tunings of each class, by the first of them."""
         found: dict[str, list[str]] = {}
