@@ -29,7 +29,7 @@ MECHANISM = "privacy.mechanism"
 AGGREGATION = "server.aggregation"
 # tables for which a name alone is short
 SHORT: dict[str, Any] = {MECHANISM: PrivacyConfig, AGGREGATION: ServerConfig}
-TAGGED = ("partition", "tuning", "compression", "head_warm_start", "secagg", *SHORT)
+TAGGED = ("partition", "tuning", "compression", "downlink", "head_warm_start", "secagg", *SHORT)
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -183,6 +183,7 @@ def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
         "partition": PARTITIONERS,
         "tuning": TUNINGS,
         "compression": CODECS,
+        "downlink": CODECS,
         "mechanism": MECHANISMS,
         "aggregation": RULES,
     }
