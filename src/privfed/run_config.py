@@ -206,6 +206,16 @@ class RunConfig(Table):
             self._check_mechanism()
         return self
 
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        most = getattr(self.tuning, "r", None)
+        if self.server.ranks and most is not None and max(self.server.ranks) > most:
+            raise ConfigError(
+                f"server.ranks = {self.server.ranks} with tuning.r = {most}: no client's adapter is larger than the "
+                f"server's; set tuning.r = {max(self.server.ranks)}, or lower the ranks."
+            )
+        return self
+
     def _check_mechanism(self) -> None:
         name, codec = self.privacy.mechanism_name, str(getattr(self.compression, "name", ""))
         mechanism = MECHANISMS.get(name)

@@ -107,6 +107,8 @@ class ServerConfig(Table):
             None for all clients.
         evaluate_every: Evaluate on the test split each so many rounds (and after the last).
         evaluate_clients: Where parts are personal, score at most so many clients: each needs a pass of its own.
+        ranks: Ranks of the clients' LoRA adapters, dealt out in turn over the clients in the order of their names
+            (HetLoRA); none is above the tuning's. Empty: all have the tuning's.
         meter: Record how far the average of the factors is from the average of the products. It reads what single
             clients sent: a simulator's figure, marked as such in metrics.jsonl and no part of the release.
     """
@@ -130,6 +132,7 @@ class ServerConfig(Table):
     evaluate_every: int = Field(default=5, ge=1)
     evaluate_clients: int = Field(default=100, ge=1)
     meter: bool = False
+    ranks: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

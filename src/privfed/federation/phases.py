@@ -37,6 +37,7 @@ def phases(config: RunConfig) -> list[tuple[str, ClientConfig, ServerConfig]]:
             # the head has no factors, and is shared while it is warmed up
             "aggregation": config.server.aggregation if robust else rule_table("fedavg"),
             "personal": [],
+            "ranks": [],
             "meter": False,
             "optimizer": warm.server_optimizer,
             "learning_rate": warm.server_learning_rate,

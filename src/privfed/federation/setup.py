@@ -22,6 +22,7 @@ from privfed.federation.meter import make_meter
 from privfed.federation.pairs import check_pairs, find_pairs, read_named
 from privfed.federation.personal import PersonalStore
 from privfed.federation.phases import TRAIN, phases
+from privfed.federation.ranks import deal_ranks
 from privfed.federation.roster import Roster
 from privfed.federation.round import Phase
 from privfed.federation.sharing import Sharing, share_out
@@ -165,6 +166,7 @@ def _phase(
     shares = make_shares(config, material.shards, phase_plan, plan, sharing.layout, trainer)
     store = _store(sharing, codec, own, phase_plan.name)
     downlink = _downlink(config, sharing, trainer)
+    supports = deal_ranks(server.ranks, material.shards, sharing.layout, trainer.module)
 
     def client(shard: Shard) -> Client:
         return Client(
@@ -180,6 +182,7 @@ def _phase(
             weight=_weight(len(shard), largest) if config.server.weighting == "examples" else 1.0,
             seed=config.seed,
             downlink=downlink,
+            support=supports.get(shard.client_id),
         )
 
     return Phase(

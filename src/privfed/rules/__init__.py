@@ -26,6 +26,8 @@ PERIOD = 2
 """Every rule asks for the same after so many rounds."""
 LORA_TUNINGS = frozenset({"lora", "rslora", "pissa", "federa"})
 """Tunings that train both factors of plain LoRA pairs."""
+RANKED_TUNINGS = frozenset({"lora", "rslora", "ffa_lora"})
+"""Tunings whose adapter starts as nothing, so that a part of its rank is an adapter as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,8 @@ class Rule:
         variates: Clients keep control variates and correct their gradients by them.
         alternates: What is sent differs from round to round.
         combines: It combines the clients' updates itself (``combined``), where others take the average.
+        ranks: Clients may have adapters of lower rank: an update of zeros for what a client does not train means that
+            it is as it was.
     """
 
     config: ClassVar[type[Table]] = NoOptions
@@ -98,6 +102,7 @@ class Rule:
     variates: ClassVar[bool] = False
     alternates: ClassVar[bool] = False
     combines: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
@@ -203,6 +208,8 @@ def check_rule(server: ServerConfig, client: ClientConfig, *, tuning: str, unit:
         )
     if rule.variates:
         _check_variates(name, server, client)
+    if server.ranks:
+        _check_ranks(name, rule, server, tuning)
 
 
 def check_cohort(server: ServerConfig, clients: int) -> None:
@@ -241,6 +248,20 @@ def _check_combines(name: str, server: ServerConfig, *, unit: str, masked: bool)
         check_cohort(server, server.cohort_size)
 
 
+def _check_ranks(name: str, rule: Rule, server: ServerConfig, tuning: str) -> None:
+    if tuning not in RANKED_TUNINGS:
+        known = " or ".join(f'"{each}"' for each in sorted(RANKED_TUNINGS))
+        raise ValueError(
+            f"server.ranks = {server.ranks} with tuning.name = {tuning!r}: a part of its rank is no adapter of the "
+            f"same model; use tuning.name = {known}, or ranks = []"
+        )
+    if not rule.ranks:
+        raise ValueError(
+            f"server.ranks = {server.ranks} with {name}: it would take the zeros of what a client does not train for "
+            'its update; use aggregation = "fedavg", or ranks = []'
+        )
+
+
 def _check_variates(name: str, server: ServerConfig, client: ClientConfig) -> None:
     if client.optimizer != "sgd" or client.momentum or client.weight_decay or client.proximal_mu:
         raise ValueError(
@@ -257,6 +278,7 @@ def _check_variates(name: str, server: ServerConfig, client: ClientConfig) -> No
 __all__ = [
     "LORA_TUNINGS",
     "PERIOD",
+    "RANKED_TUNINGS",
     "RULES",
     "Contribution",
     "NoOptions",

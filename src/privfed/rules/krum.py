@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from privfed.rules import RULES
@@ -46,4 +47,5 @@ class Krum(Robust):
 
     def combined(self, updates_KM: Float64) -> Float64:
         """Return the update with the lowest score; of equals the first."""
-        return updates_KM[int(neighbour_scores(updates_KM, self.options.byzantine).argmin())].copy()
+        best = int(neighbour_scores(updates_KM, self.options.byzantine).argmin())
+        return np.array(updates_KM[best])

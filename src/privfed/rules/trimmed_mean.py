@@ -53,4 +53,5 @@ class TrimmedMean(Robust):
 
     def _cut(self, updates: int) -> int:
         # the slack keeps 0.07 * 100 = 7.000000000000001 from being 8
-        return math.ceil(self.options.trim_share * updates - 1e-9)
+        share: float = self.options.trim_share
+        return math.ceil(share * updates - 1e-9)

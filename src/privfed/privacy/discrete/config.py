@@ -98,6 +98,11 @@ def _check_sum(server: ServerConfig, secagg: str, compression: str) -> None:
             f"server.personal = {server.personal} {with_}: what stays with a client would get no noise; use "
             'personal = [], or placement = "local"'
         )
+    if server.ranks:
+        raise ValueError(
+            f"server.ranks = {server.ranks} {with_}: shares of the noise are as long as the whole adapter; use "
+            'ranks = [], or placement = "local" or "central"'
+        )
     if server.meter:
         raise ValueError(f"server.meter = true {with_}: it reads what single clients sent; use meter = false")
 
