@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +157,7 @@ def _change(reason: Reason) -> str:
     return "; ".join(f"{axis}: {old} -> {new}" for axis, old, new in pairs if old != new)
 
 
-def _letters(columns: Sequence[object]) -> list[str]:
+def _letters(columns: Collection[str]) -> list[str]:
     return [chr(ord("A") + number) for number in range(len(columns))]
 
 

@@ -38,8 +38,8 @@ class Bench:
     def config(self, tables: Mapping[str, Mapping[str, Any]]) -> Any:
         from privfed.config import parse_config
 
-        raw = {**tables, **{name: {**tables.get(name, {}), **table} for name, table in self.fixed.items()}}
-        del raw["data"]["name"]
+        raw: dict[str, Any] = {**tables, "data": {}}
+        raw |= {name: {**raw.get(name, {}), **table} for name, table in self.fixed.items()}
         # the cheaper accountant, and the few examples that a step sees
         raw["privacy"] = {"accountant": "rdp", **raw["privacy"]}
         raw["client"] = {**raw["client"], "sampling_probability": 0.3, "learning_rate": 0.1}

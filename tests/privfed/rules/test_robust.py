@@ -161,7 +161,7 @@ def _within(name: str, honest: np.ndarray, found: np.ndarray, count: int) -> boo
     """Whether ``found`` is where the rule's guarantee has it, whatever the others sent."""
     low, high = honest.min(axis=0), honest.max(axis=0)
     centre = honest.mean(axis=0)
-    radius = np.linalg.norm(honest - centre, axis=1).max()
+    radius = float(np.linalg.norm(honest - centre, axis=1).max())
     off = float(np.linalg.norm(found - centre))
     if name in ("median", "trimmed_mean"):
         return bool((low - 1e-9 <= found).all() and (found <= high + 1e-9).all())
@@ -169,9 +169,9 @@ def _within(name: str, honest: np.ndarray, found: np.ndarray, count: int) -> boo
         share = 1 - len(honest) / count
         return off <= 2 * (1 - share) / (1 - 2 * share) * radius * 1.01 + 1e-3
     if name == "norm_bound":
-        return float(np.linalg.norm(found)) <= 1.5 * np.linalg.norm(honest, axis=1).max() + 1e-9
+        return float(np.linalg.norm(found)) <= 1.5 * float(np.linalg.norm(honest, axis=1).max()) + 1e-9
     # what Krum picks is near an honest one: its score is at most an honest one's, (K - f - 2) (2 r)^2
-    return off <= radius * (1 + 2 * np.sqrt(count - BYZANTINE - 2)) + 1e-9
+    return off <= radius * (1 + 2 * float(np.sqrt(count - BYZANTINE - 2))) + 1e-9
 
 
 attacks = st.sampled_from([-1e30, -1e6, -50.0, -3.0, 0.5, 2.0, 100.0, 1e12, 3e38])
