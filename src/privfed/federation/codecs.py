@@ -8,8 +8,10 @@ data, so privacy does not rest on when the seed was known.
 
 *Error feedback.* What a message left out stays with the client (``privfed.federation.personal``) and is added to its
 next update. Under client-level privacy the *corrected* update is clipped, so one client adds no more than the bound to
-any round, whatever it kept. Under example-level privacy the update is private before the codec sees it; what is kept
-is computed from it and from broadcasts, so it is post-processing. Without privacy it is as private as the data.
+any round, whatever it kept. (What it kept depends on the rounds that it was sampled for. Each round is sampled afresh,
+so for every history the round is dominated by the accounted pair, and so is the mixture over histories.) Under
+example-level privacy the update is private before the codec sees it; what is kept is computed from it and from
+broadcasts, so it is post-processing. Without privacy it is as private as the data.
 
 *State.* A rule that sends other tensors in other rounds has a state, and a residual, for each set of tensors.
 

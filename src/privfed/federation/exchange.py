@@ -6,7 +6,9 @@ sum, and the update is made of the second sum over *its* survivors.
 * Without masking a client that drops between the passes is missing from the second sum alone. What was made public
   between them still holds its share: a direction, of which the rest make the best they can.
 * Under masking all of them have to answer, or the round is lost. From two sums over different survivors the server
-  could compute what the missing clients alone would have sent of their updates, and that may be one client.
+  could compute a projection of the missing clients' updates alone (for PowerSGD P^T X Q, r x r values a matrix), and
+  that may be one client. Each client's session refuses a sum over fewer. That the second sum's roster is the survivors
+  it signed in the first is so by construction here; in a deployment every client has to compare the two.
 """
 
 from __future__ import annotations

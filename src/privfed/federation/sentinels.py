@@ -121,9 +121,8 @@ def check_moved(
     if still and (dense or len(still) == moving):
         raise SentinelError(f"Training did not move {', '.join(still[:5])}: nothing is released; check the tuning.")
     if not dense:
-        return (
-            f"{moving - len(still)} of {moving} trained tensors with a gradient moved, as the codec sends some values"
-        )
+        moved = moving - len(still)
+        return f"{moved} of {moving} trained tensors with a gradient moved, as the codec sends some values only"
     return f"all {moving} trained tensors with a gradient moved"
 
 
