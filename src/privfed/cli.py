@@ -188,11 +188,26 @@ def ledger(path: Path, verify: bool, delta: float | None, set_cap: float | None,
 
 @main.command("ls")
 @click.argument("kind", required=False)
+@click.option("--only", multiple=True, metavar="AXIS=VALUE", help="Of combinations: keep these, e.g. --only rule=krum.")
+@click.option("--refused", is_flag=True, help="Of combinations: say why, and what is nearest that runs.")
 @json_option
-def ls(kind: str | None, as_json: bool) -> None:
-    """List tunings, codecs, mechanisms, models, data, partitioners or presets."""
+def ls(kind: str | None, only: tuple[str, ...], refused: bool, as_json: bool) -> None:
+    """List tunings, codecs, mechanisms, models, data, partitioners or presets; or which combinations of them run.
+
+    The axes of `privfed ls combinations` are tuning, codec, privacy, rule and secagg.
+    """
 
     def body() -> dict[str, Any]:
+        if kind == "combinations":
+            from privfed.combinations import text
+
+            matrix = text.selected(only)
+            if as_json:
+                return text.record(matrix)
+            _say(as_json, *text.lines(matrix, refused=refused))
+            return {}
+        if only or refused:
+            raise click.UsageError("--only and --refused belong to `privfed ls combinations`.")
         from privfed.catalogue import catalogue, lines
 
         found = catalogue(kind)

@@ -148,7 +148,7 @@ class RunConfig(Table):
     @model_validator(mode="after")
     def _check_codec(self) -> Self:
         check_downlink(self.downlink)
-        rule, mechanism = RULES.get(self.server.aggregation), MECHANISMS.get(self.privacy.mechanism_name)
+        rule, mechanism = RULES.get(self.server.rule), MECHANISMS.get(self.privacy.mechanism_name)
         check_codec(
             self.compression,
             Setting(
@@ -158,7 +158,7 @@ class RunConfig(Table):
                 mechanism=self.privacy.mechanism_name,
                 correlated=mechanism.correlated,
                 two_sums=mechanism.two_sums,
-                rule=self.server.aggregation,
+                rule=self.server.rule,
                 individual=rule.needs_individual,
                 variates=rule.variates,
                 weighted=self.server.weighting == "examples",
@@ -206,13 +206,23 @@ class RunConfig(Table):
             self._check_mechanism()
         return self
 
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        most = getattr(self.tuning, "r", None)
+        if self.server.ranks and most is not None and max(self.server.ranks) > most:
+            raise ConfigError(
+                f"server.ranks = {self.server.ranks} with tuning.r = {most}: no client's adapter is larger than the "
+                f"server's; set tuning.r = {max(self.server.ranks)}, or lower the ranks."
+            )
+        return self
+
     def _check_mechanism(self) -> None:
         name, codec = self.privacy.mechanism_name, str(getattr(self.compression, "name", ""))
         mechanism = MECHANISMS.get(name)
-        if mechanism.correlated and RULES.get(self.server.aggregation).alternates:
+        if mechanism.correlated and RULES.get(self.server.rule).alternates:
             raise ValueError(
                 f"privacy.mechanism = {name!r} correlates the noise of one round with the next and "
-                f'server.aggregation = {self.server.aggregation!r} sends other values in each; use "gaussian"'
+                f'server.aggregation = {self.server.rule!r} sends other values in each; use "gaussian"'
             )
         known = mechanism.codecs
         if known is not None and codec not in known:

@@ -28,6 +28,7 @@ from privfed.federation.distributed import Shares
 from privfed.federation.local import LocalTrainer, StepDone, Work
 from privfed.federation.messages import Broadcast, Interim
 from privfed.federation.personal import PERSONAL, PersonalStore
+from privfed.federation.ranks import Support
 from privfed.federation.sharing import Selection, Sharing
 from privfed.privacy.ledger import Charge, Ledger
 from privfed.privacy.mechanisms import AtWork, Terms
@@ -112,6 +113,7 @@ class Client:
         weight: Aggregation weight, at most 1.
         seed: The run's: the codec's public choices of each round follow from it.
         downlink: Reads the broadcast's parameters where they are encoded.
+        support: The part of the adapter that a client of a lower rank has, or None.
     """
 
     shard: Shard
@@ -126,6 +128,7 @@ class Client:
     shares: Shares | None = None
     seed: int = 0
     downlink: Downlink | None = None
+    support: Support | None = None
 
     def respond(self, broadcast: bytes, on_step: StepDone, start_D: Float32 | None = None) -> Answer:
         """Return the encoded, weighted update for ``broadcast``; its cost is in the ledger by then.
@@ -231,12 +234,13 @@ class Client:
         return own
 
     def _start(self, shared_S: Float32, own: Mapping[str, Float32]) -> Float32:
-        return self.sharing.merged(shared_S, own.get(PERSONAL))
+        start_D = self.sharing.merged(shared_S, own.get(PERSONAL))
+        return start_D if self.support is None else start_D * self.support.mask_D
 
     def _work(self, received: Broadcast, own: Mapping[str, Float32], active: frozenset[str] | None) -> Work:
         control_S = received.carried.get(CONTROL)
         if not self.sharing.rule.variates or control_S is None:
-            return Work(active=active, frozen=received.carried)
+            return Work(active=active, frozen=received.carried, support=self.support.by_name if self.support else {})
         correction_S = control_S - own.get(CONTROL, np.zeros_like(control_S))
         return Work(
             active=active,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.compression import Codec, CodecState
+from privfed.errors import RoundError
 from privfed.federation.client import Client, Holder
 from privfed.federation.codecs import (
     Downlink,
@@ -137,7 +138,8 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         broadcast=sent,
         meter=phase.meter() if phase.meter else None,
     )
-    done = _gathered(exchange, cohort, codec_at(phase.codec, place, phase.sharing.part(number).sent, broadcast.codec))
+    codec = codec_at(phase.codec, place, phase.sharing.part(number).sent, broadcast.codec)
+    done = _combined(_gathered(exchange, cohort, codec), phase)
     after = _advance(replace(state, mechanism=done.memory), given, done, phase)
     if phase.central is None:  # whom Poisson sampling chose is nobody's business, and nothing depends on it
         taken = {**state.taken, **{client: state.taken.get(client, 0) + 1 for client in cohort}}
@@ -277,6 +279,22 @@ def _release(
         charged=bool(interim),
     )
     return phase.central.release(None if lost else sum_M, moment, exchange.holder, memory)
+
+
+def _combined(done: _Done, phase: Phase) -> _Done:
+    """Return the round with what the rule makes of the single updates, where it does not take their average."""
+    rule = phase.sharing.rule
+    if done.mean_M is None or not rule.combines:
+        return done
+    updates_KM = np.stack([delta_M for _, delta_M in done.deltas])
+    updates_KM = updates_KM[np.isfinite(updates_KM).all(axis=1)]  # no honest client sends anything else
+    try:
+        reason = rule.refusal(len(updates_KM))
+        if reason is not None:
+            raise RoundError(f"{len(updates_KM)} finite updates: {reason}")
+        return replace(done, mean_M=rule.combined(updates_KM))
+    except RoundError as error:
+        return replace(done, mean_M=None, lost=str(error))
 
 
 def _advance(state: ServerState, given: ServerState, done: _Done, phase: Phase) -> ServerState:

@@ -22,6 +22,7 @@ from privfed.federation.meter import make_meter
 from privfed.federation.pairs import check_pairs, find_pairs, read_named
 from privfed.federation.personal import PersonalStore
 from privfed.federation.phases import TRAIN, phases
+from privfed.federation.ranks import deal_ranks
 from privfed.federation.roster import Roster
 from privfed.federation.round import Phase
 from privfed.federation.sharing import Sharing, share_out
@@ -31,7 +32,7 @@ from privfed.models.examples import Examples
 from privfed.privacy.mechanisms import AtWork, Site, built
 from privfed.privacy.mechanisms.gaussian import GaussianAtWork
 from privfed.privacy.plan import PhasePlan, Plan
-from privfed.rules import RULES
+from privfed.rules import made
 from privfed.run_config import RunConfig, largest_clip
 from privfed.schedule import ClientConfig, ServerConfig
 from privfed.secagg import Identity
@@ -116,9 +117,9 @@ def _sharing(
     config: RunConfig, module: nn.Module, prefix: str | None, client: ClientConfig, server: ServerConfig
 ) -> Sharing:
     """Return how the trained tensors are shared out; tensors that the server carries are frozen from here on."""
-    rule = RULES.get(server.aggregation)()
+    rule = made(server.aggregation)
     pairs = find_pairs(module) if rule.takes is not None or server.meter else ()
-    check_pairs(module, rule, pairs, server.aggregation)
+    check_pairs(module, rule, pairs, server.rule)
     carried = set(rule.carried(pairs))
     for name, parameter in module.named_parameters():
         if name in carried:
@@ -165,6 +166,7 @@ def _phase(
     shares = make_shares(config, material.shards, phase_plan, plan, sharing.layout, trainer)
     store = _store(sharing, codec, own, phase_plan.name)
     downlink = _downlink(config, sharing, trainer)
+    supports = deal_ranks(server.ranks, material.shards, sharing.layout, trainer.module)
 
     def client(shard: Shard) -> Client:
         return Client(
@@ -180,6 +182,7 @@ def _phase(
             weight=_weight(len(shard), largest) if config.server.weighting == "examples" else 1.0,
             seed=config.seed,
             downlink=downlink,
+            support=supports.get(shard.client_id),
         )
 
     return Phase(
