@@ -207,6 +207,19 @@ class RunConfig(Table):
         return self
 
     @model_validator(mode="after")
+    def _check_support(self) -> Self:
+        """A rule on each coordinate takes a value that was not sent for a 0, and the zeros would outvote the rest."""
+        codec = str(getattr(self.compression, "name", ""))
+        shared = CODECS.get(codec).declare(self.compression, self.secagg.name == "masked").shared_support
+        if RULES.get(self.server.rule).coordinatewise and not shared:
+            raise ConfigError(
+                f"compression.name = {codec!r} with server.aggregation = {self.server.rule!r}: each client sends other "
+                "values and the rule would take the others for 0, of which most are; use compression.name = "
+                '"random_k", or aggregation = "geometric_median".'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_ranks(self) -> Self:
         most = getattr(self.tuning, "r", None)
         if self.server.ranks and most is not None and max(self.server.ranks) > most:

@@ -90,6 +90,7 @@ class Rule:
         variates: Clients keep control variates and correct their gradients by them.
         alternates: What is sent differs from round to round.
         combines: It combines the clients' updates itself (``combined``), where others take the average.
+        coordinatewise: It compares what clients send for each value by itself, so all have to send the same ones.
         ranks: Clients may have adapters of lower rank: an update of zeros for what a client does not train means that
             it is as it was.
     """
@@ -102,6 +103,7 @@ class Rule:
     variates: ClassVar[bool] = False
     alternates: ClassVar[bool] = False
     combines: ClassVar[bool] = False
+    coordinatewise: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
 
     def __init__(self, options: Any = None) -> None:

@@ -28,6 +28,7 @@ class Median(Robust):
     """Takes each coordinate's median."""
 
     config = MedianConfig
+    coordinatewise = True
 
     def combined(self, updates_KM: Float64) -> Float64:
         """Return the medians; of an even number of values the average of the two in the middle."""

@@ -36,6 +36,7 @@ class TrimmedMean(Robust):
     """Averages each coordinate's middle."""
 
     config = TrimmedMeanConfig
+    coordinatewise = True
 
     def __init__(self, options: TrimmedMeanConfig | None = None) -> None:
         super().__init__(options or TrimmedMeanConfig())

@@ -125,3 +125,14 @@ def test_overrides_reach_the_rules_options() -> None:
     assert parse_config(raw, where="x").to_dict()["server"]["aggregation"] == {"name": "median"}
     found = load_config("tiny", ["server.aggregation.byzantine=0", "server.aggregation=krum", "secagg.name=none"])
     assert found.to_dict()["server"]["aggregation"] == {"name": "krum", "byzantine": 0}
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
+def test_zeros_of_values_that_were_not_sent_are_no_votes(rule: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _config(rule, compression={"name": "top_k"})
+    for word in ("top_k", rule, '"random_k"', '"geometric_median"'):
+        assert word in str(caught.value)
+    for codec in ("random_k", "svd_truncate"):  # the same values of every client
+        assert _config(rule, compression={"name": codec}).server.rule == rule
+    assert _config("geometric_median", compression={"name": "top_k"}).server.rule == "geometric_median"
