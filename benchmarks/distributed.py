@@ -81,7 +81,7 @@ HEAD = [
 TUNED: dict[str, dict[str, list[str]]] = {
     "demo": {"local": [], "summed": []},
     "banking77": {
-        "local": [*HEAD, "server.learning_rate=0.15"],
+        "local": [*HEAD, "server.learning_rate=0.3"],
         "summed": [*HEAD, "server.learning_rate=0.2", "privacy.distributed.rotate=true"],
     },
 }
