@@ -63,7 +63,7 @@ def best_bands(epsilon: float, rounds: int, cohort: int, clients: int) -> tuple[
     most = clients // cohort
     for bands in sorted({min(bands, most) for bands in (1, 2, 4, 8, 12, most)}):
         privacy = PrivacyConfig(unit="client", target_epsilon=epsilon, mechanism={"name": "banded", "bands": bands})
-        noise = make_plan(privacy, [phase], masked=False).noise_multiplier
+        noise = make_plan(privacy, [phase], masks=None).noise_multiplier
         found[bands] = built(privacy.mechanism).running_error(phase, noise)
     return min(found.items(), key=lambda entry: entry[1])
 

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -284,28 +285,44 @@ def measure(n: int, length: int, dropped: float, repeat: int, flower: bool) -> d
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """Draw client and server time over n, for each d, with nobody dropped."""
+    """Draw client and server time with nobody dropped: over n for each d, and over d for each n."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7), sharey=True)
     complete = [row for row in rows if row["dropped"] == 0]
-    for axis, side in zip(axes, ("client", "server"), strict=True):
-        for length in sorted({row["d"] for row in complete}):
-            for engine, style in (("privfed", "o-"), ("flower", "s--")):
-                line = sorted(
-                    (row["n"], row[engine][side] * 1e3) for row in complete if row["d"] == length and engine in row
-                )
-                if line:
-                    axis.loglog(*zip(*line, strict=True), style, label=f"{engine}, d = {length:.0e}")
-        axis.set(title=side, xlabel="clients")
-        axis.grid(visible=True, which="both", alpha=0.3)
-    axes[0].set_ylabel("ms a round")
-    axes[0].legend(fontsize=7)
+    for line, (over, each, label) in zip(axes, (("n", "d", "clients"), ("d", "n", "values")), strict=True):
+        for axis, side in zip(line, ("client", "server"), strict=True):
+            for color, fixed in enumerate(sorted({row[each] for row in complete})):
+                for engine, style in (("privfed", "o-"), ("flower", "s--")):
+                    mine = [row for row in complete if row[each] == fixed and engine in row]
+                    points = sorted((row[over], row[engine][side] * 1e3) for row in mine)
+                    if points:
+                        name = f"{engine}, {each} = {fixed:,}"
+                        axis.loglog(*zip(*points, strict=True), style, color=f"C{color}", label=name)
+            axis.set(title=side, xlabel=label)
+            axis.grid(visible=True, which="both", alpha=0.3)
+        line[0].set_ylabel("ms a round")
+        line[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return rows as a table."""
+    lines = ["| n | d | dropped | client ms | server ms | upload | faster: client | server |", "|---" * 8 + "|"]
+    for row in sorted(rows, key=lambda one: (one["n"], one["d"], one["dropped"])):
+        mine, theirs = row["privfed"], row.get("flower")
+        cells = [f"{row['n']}", f"{row['d']:,}", f"{row['dropped']:.0%}"]
+        if theirs:
+            cells += [f"{1e3 * mine[side]:.3g} / {1e3 * theirs[side]:,.0f}" for side in ("client", "server")]
+            cells += [f"{row['upload_ratio']:.3f}", f"{row['faster_client']:.1f}x", f"{row['faster_server']:.0f}x"]
+        else:
+            cells += [f"{1e3 * mine[side]:.3g}" for side in ("client", "server")] + ["", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def show(row: dict[str, Any]) -> str:
@@ -331,7 +348,7 @@ def main() -> None:
     parser.add_argument("--dropped", type=float, nargs="+", default=[0.0, 0.1, 0.3])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--plot", help="write a picture of the scaling in n and d here")
-    parser.add_argument("--json", help="append one JSON object per row here")
+    parser.add_argument("--json", type=Path, help="append each row to this file; tabulate and draw all it holds")
     parser.add_argument("--no-flower", action="store_true", help="measure privfed alone")
     parser.add_argument("--cpu", action="store_true", help="processor time, for a machine that is busy otherwise")
     given = parser.parse_args()
@@ -352,12 +369,15 @@ def main() -> None:
             for dropped in given.dropped:
                 rows.append(measure(n, int(length), dropped, given.repeat, flower))
                 print(show(rows[-1]), flush=True)
+                if given.json:
+                    with given.json.open("a", encoding="utf-8") as out:
+                        out.write(json.dumps(rows[-1]) + "\n")
     for row in rows:
         if row["dropped"] == 0:
             print(f"n {row['n']}, d {row['d']}: {row['fixed_bytes']} B beside the vector, for {row['k']} neighbours")
     if given.json:
-        with open(given.json, "a", encoding="utf-8") as out:  # noqa: PTH123
-            out.writelines(json.dumps(row) + "\n" for row in rows)
+        rows = [json.loads(line) for line in given.json.read_text().splitlines()]
+        print(f"\n{markdown(rows)}")
     if given.plot:
         plot(rows, given.plot)
 

@@ -4,13 +4,15 @@ A part stands between ``<!-- generated: WHAT NAME -->`` and ``<!-- end -->`` in 
 
 - ``table privfed.schedule.ClientConfig``: the keys of a configuration table, from its fields and docstring;
 - ``list tunings``: what ``privfed ls tunings`` prints;
-- ``help train``: what ``privfed train --help`` prints.
+- ``help train``: what ``privfed train --help`` prints;
+- ``combinations matrix`` and ``combinations refused``: what ``privfed ls combinations`` finds.
 
 ``python docs/generate.py`` rewrites the files; with ``--check`` it only says whether they are current.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -26,6 +28,8 @@ from pydantic.fields import FieldInfo
 
 from privfed.catalogue import catalogue
 from privfed.cli import main as command_line
+from privfed.combinations import Matrix
+from privfed.combinations.text import markdown, markdown_refused
 from privfed.table import Table
 
 FOLDER = Path(__file__).parent
@@ -64,9 +68,22 @@ def render(what: str, name: str) -> str:
     if what == "list":
         entries = catalogue(name)[name]
         return "".join(f"- `{entry}`: {plain(text)}\n" for entry, text in entries.items())
+    if what == "combinations":
+        return combinations(name)
     if what == "help":
         return f"```text\n{help_of(name.split())}\n```\n"
     raise ValueError(f"There is no generated part called {what!r}.")
+
+
+@functools.cache
+def every_combination() -> Matrix:
+    """Return the matrix of all combinations."""
+    return Matrix()
+
+
+def combinations(part: str) -> str:
+    """Return a part of the matrix of combinations as Markdown."""
+    return markdown(every_combination()) if part == "matrix" else markdown_refused(every_combination())
 
 
 def table(path: str) -> str:

@@ -34,9 +34,8 @@ def answer(
     sizes = _sizes(config, clients, shard_size)
     lengths = _lengths(config) if config.privacy.is_distributed else None
     phases = phase_plans(config, sizes, lengths)
-    masked = config.secagg.name == "masked"
     if both:
-        rounds = affordable_rounds(config.privacy, phases, masked=masked)
+        rounds = affordable_rounds(config.privacy, phases, masks=config.secagg.masks())
         if rounds < 1:
             raise ConfigError(
                 f"epsilon {config.privacy.target_epsilon:g} affords no round at noise multiplier "
@@ -45,7 +44,7 @@ def answer(
         server = config.server.model_copy(update={"rounds": rounds})
         config = config.model_copy(update={"server": server})
         phases = phase_plans(config, sizes, lengths)
-    plan = make_plan(config.privacy, phases, masked=masked)
+    plan = make_plan(config.privacy, phases, masks=config.secagg.masks())
     worst = plan.events_by_client[plan.worst_client]
     steps = [
         {

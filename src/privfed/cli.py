@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from privfed.config import RunConfig
+    from privfed.types import View
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, errors included.")
@@ -124,6 +125,32 @@ def report(folder: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--attacks", default="span", show_default=True, help="Inversion attacks, separated by commas.")
+@click.option(
+    "--view",
+    type=click.Choice(["individual", "aggregate", "release"]),
+    help="What the adversary sees. Default: all that a server saw.",
+)
+@click.option(
+    "--clients", type=click.IntRange(min=1), default=1, show_default=True, help="Clients to attack one by one."
+)
+@json_option
+def audit(folder: Path, attacks: str, view: View | None, clients: int, as_json: bool) -> None:
+    """Attack a run that was recorded with audit.record = true, and score what is found against its data."""
+
+    def body() -> dict[str, Any]:
+        from privfed_audits.reconstruction import lines, reconstruct
+
+        names = [name.strip() for name in attacks.split(",") if name.strip()]
+        found = reconstruct(folder, names, view=view, clients=clients)
+        _say(as_json, *lines(found))
+        return found
+
+    _run(body, as_json)
+
+
+@main.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write, new or empty.")
 @click.option("--merge", is_flag=True, help="Write the whole model with the adapter merged in, for transformers.")
 @json_option
@@ -188,11 +215,26 @@ def ledger(path: Path, verify: bool, delta: float | None, set_cap: float | None,
 
 @main.command("ls")
 @click.argument("kind", required=False)
+@click.option("--only", multiple=True, metavar="AXIS=VALUE", help="Of combinations: keep these, e.g. --only rule=krum.")
+@click.option("--refused", is_flag=True, help="Of combinations: say why, and what is nearest that runs.")
 @json_option
-def ls(kind: str | None, as_json: bool) -> None:
-    """List tunings, codecs, mechanisms, models, data, partitioners or presets."""
+def ls(kind: str | None, only: tuple[str, ...], refused: bool, as_json: bool) -> None:
+    """List tunings, codecs, mechanisms, models, data, partitioners or presets; or which combinations of them run.
+
+    The axes of `privfed ls combinations` are tuning, codec, privacy, rule and secagg.
+    """
 
     def body() -> dict[str, Any]:
+        if kind == "combinations":
+            from privfed.combinations import text
+
+            matrix = text.selected(only)
+            if as_json:
+                return text.record(matrix)
+            _say(as_json, *text.lines(matrix, refused=refused))
+            return {}
+        if only or refused:
+            raise click.UsageError("--only and --refused belong to `privfed ls combinations`.")
         from privfed.catalogue import catalogue, lines
 
         found = catalogue(kind)

@@ -20,11 +20,16 @@ from privfed.errors import ConfigError, UnknownNameError, nearest, unknown_name
 from privfed.privacy.config import PrivacyConfig
 from privfed.privacy.mechanisms import MECHANISMS
 from privfed.registry import Registry
+from privfed.rules import RULES
 from privfed.run_config import RunConfig
+from privfed.schedule import ServerConfig
 from privfed.tuning import TUNINGS
 
 MECHANISM = "privacy.mechanism"
-TAGGED = ("partition", "tuning", "compression", "head_warm_start", "secagg", MECHANISM)
+AGGREGATION = "server.aggregation"
+# tables for which a name alone is short
+SHORT: dict[str, Any] = {MECHANISM: PrivacyConfig, AGGREGATION: ServerConfig}
+TAGGED = ("partition", "tuning", "compression", "downlink", "head_warm_start", "secagg", *SHORT)
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -110,7 +115,7 @@ def _read(source: str) -> dict[str, Any]:
 def _overridden(source: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the tables of ``source`` with overrides applied; a ``name`` first, since it may reset its table."""
     raw = _read(source)
-    names = [*(f"{table}.name" for table in TAGGED), MECHANISM]
+    names = [*(f"{table}.name" for table in TAGGED), *SHORT]
     for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() not in names):
         apply_override(raw, override)
     return raw
@@ -127,10 +132,10 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"-s {override}: expected key=value, such as -s tuning.r=16.")
     *tables, last = key.strip().split(".")
     table = raw
-    for name in tables:
+    for depth, name in enumerate(tables, start=1):
+        if ".".join(tables[:depth]) in SHORT and isinstance(table.get(name), str):
+            table[name] = {"name": table[name]}
         table = table.setdefault(name, {})
-        if isinstance(table, str) and key.strip().startswith(f"{MECHANISM}."):
-            table = raw["privacy"]["mechanism"] = {"name": table}  # a name alone is short for its table
         if not isinstance(table, dict):
             raise ConfigError(f"-s {override}: {name!r} is a value, not a table.")
     value = _value(text.strip())
@@ -178,7 +183,9 @@ def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
         "partition": PARTITIONERS,
         "tuning": TUNINGS,
         "compression": CODECS,
+        "downlink": CODECS,
         "mechanism": MECHANISMS,
+        "aggregation": RULES,
     }
     for depth, name in enumerate(place):
         section = raw.get(name, {}) if isinstance(raw, Mapping) else {}
@@ -195,7 +202,7 @@ def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
 
 def _name(table: Mapping[str, Any], place: str) -> str:
     """Return the ``name`` that a table picks, by default where it does not say."""
-    model: Any = PrivacyConfig if place == MECHANISM else RunConfig
+    model: Any = SHORT.get(place, RunConfig)
     default = model.model_fields[place.rpartition(".")[2]].get_default(call_default_factory=True)
     return str(table.get("name", getattr(default, "name", "")))
 

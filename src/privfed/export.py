@@ -44,7 +44,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
         raise ConfigError(f"{out} is there and not an empty folder: pass another with -o.")
     name = str(getattr(config.tuning, "name", ""))
     difference = None
-    if merge and RULES.get(config.server.aggregation).changes_base:
+    if merge and RULES.get(config.server.rule).changes_base:
         _copy_whole(config, run / "adapter", out)
     elif merge:
         difference = _merged(config, name, run / "adapter", out)

@@ -252,7 +252,13 @@ class _Run:
         if plan.rounds * plan.local_steps > 1:
             sentinels.check_carried(frozen, after, sharing.carried)
             still = vanishing | (set(sharing.layout.names) - sharing.must_move(plan.rounds, plan.local_steps))
-            moved = sentinels.check_moved(sharing.layout, outcome.start_D[TRAIN], outcome.state.params_D, still)
+            moved = sentinels.check_moved(
+                sharing.layout,
+                outcome.start_D[TRAIN],
+                outcome.state.params_D,
+                still,
+                dense=stage.phase.codec.properties.dense,
+            )
             results["moved"] = f"passed: {moved}"
 
     def _bench(self) -> workbench.Workbench:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
@@ -11,6 +10,7 @@ import tomli_w
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from privfed.compression import CODECS
+from privfed.compression.checks import Setting, check_codec, check_downlink, largest_carried
 from privfed.data import PARTITIONERS, form_of, has_labels
 from privfed.data.config import DataConfig
 from privfed.data.sharding import no_classes
@@ -95,6 +95,7 @@ class RunConfig(Table):
     server: ServerConfig = ServerConfig()
     privacy: PrivacyConfig = PrivacyConfig(target_epsilon=8.0)
     compression: _tagged(CODECS, "identity") = Field(default_factory=lambda: CODECS.get("identity").config())  # type: ignore[valid-type]
+    downlink: _tagged(CODECS, "identity") = Field(default_factory=lambda: CODECS.get("identity").config())  # type: ignore[valid-type]
     secagg: SecAggConfig = SecAggConfig()
     ledger: LedgerConfig = LedgerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -152,32 +153,24 @@ class RunConfig(Table):
 
     @model_validator(mode="after")
     def _check_codec(self) -> Self:
-        name = str(getattr(self.compression, "name", ""))
-        masked = self.secagg.name == "masked"
-        found = CODECS.get(name).declare(self.compression, masked)
-        given, instead = f'compression.name = "{name}"', 'use compression.name = "identity" or "stochastic_quantizer"'
-        if masked and not found.summable:
-            raise ConfigError(f'{given} with secagg.name = "masked": its messages do not add up in a ring; {instead}.')
-        missing = {
-            "clients that keep a residual": found.stateful,
-            "a server that keeps a state": found.server_state,
-            "two exchanges a round": found.second_pass,
-            "a server that decodes each message": found.needs_individual,
-            "choices that are shared anew each round": found.needs_context,
-        }
-        for what, needed in missing.items():
-            if needed:
-                raise ConfigError(f"{given} needs {what}, which training does not provide yet; {instead}.")
-        if self.privacy.unit == "client" and not (found.linear and found.bounded):
-            raise ConfigError(
-                f'{given} with privacy.unit = "client": noise needs a bound on what one client changes in the sum, '
-                f"and this codec gives none; {instead}."
-            )
-        if self.server.weighting == "examples" and not found.scales:
-            raise ConfigError(
-                f'{given} with server.weighting = "examples": its message is the same whatever the weight; set '
-                'server.weighting = "uniform".'
-            )
+        check_downlink(self.downlink)
+        rule, mechanism = RULES.get(self.server.rule), MECHANISMS.get(self.privacy.mechanism_name)
+        check_codec(
+            self.compression,
+            Setting(
+                masked=self.secagg.name == "masked",
+                unit=self.privacy.unit,
+                central=self.privacy.on and self.privacy.placed == "central",
+                mechanism=self.privacy.mechanism_name,
+                correlated=mechanism.correlated,
+                two_sums=mechanism.two_sums,
+                rule=self.server.rule,
+                individual=rule.needs_individual,
+                variates=rule.variates,
+                weighted=self.server.weighting == "examples",
+                meter=self.server.meter,
+            ),
+        )
         return self
 
     @model_validator(mode="after")
@@ -219,13 +212,36 @@ class RunConfig(Table):
             self._check_mechanism()
         return self
 
+    @model_validator(mode="after")
+    def _check_support(self) -> Self:
+        """A rule on each coordinate takes a value that was not sent for a 0, and the zeros would outvote the rest."""
+        codec = str(getattr(self.compression, "name", ""))
+        shared = CODECS.get(codec).declare(self.compression, self.secagg.name == "masked").shared_support
+        if RULES.get(self.server.rule).coordinatewise and not shared:
+            raise ConfigError(
+                f"compression.name = {codec!r} with server.aggregation = {self.server.rule!r}: each client sends other "
+                "values and the rule would take the others for 0, of which most are; use compression.name = "
+                '"random_k", or aggregation = "geometric_median".'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        most = getattr(self.tuning, "r", None)
+        if self.server.ranks and most is not None and max(self.server.ranks) > most:
+            raise ConfigError(
+                f"server.ranks = {self.server.ranks} with tuning.r = {most}: no client's adapter is larger than the "
+                f"server's; set tuning.r = {max(self.server.ranks)}, or lower the ranks."
+            )
+        return self
+
     def _check_mechanism(self) -> None:
         name, codec = self.privacy.mechanism_name, str(getattr(self.compression, "name", ""))
         mechanism = MECHANISMS.get(name)
-        if mechanism.correlated and RULES.get(self.server.aggregation).alternates:
+        if mechanism.correlated and RULES.get(self.server.rule).alternates:
             raise ValueError(
                 f"privacy.mechanism = {name!r} correlates the noise of one round with the next and "
-                f'server.aggregation = {self.server.aggregation!r} sends other values in each; use "gaussian"'
+                f'server.aggregation = {self.server.rule!r} sends other values in each; use "gaussian"'
             )
         known = mechanism.codecs
         if known is not None and codec not in known:
@@ -235,10 +251,12 @@ class RunConfig(Table):
             )
         most = largest_clip(self)
         if most is not None and self.privacy.l2_clip_norm > most:
+            own = hasattr(self.compression, "max_value")
+            limit = f"compression.max_value = {most:g}" if own else f"the {most:g} that {codec!r} carries in any case"
+            move = "raise max_value" if own else "raise inner.max_value, bound max_norm where there is one,"
             raise ValueError(
-                f"privacy.l2_clip_norm = {self.privacy.l2_clip_norm:g} is above compression.max_value = {most:g}: "
-                "clients with larger values would drop out of masked rounds, which depends on their data; raise "
-                "max_value or lower l2_clip_norm"
+                f"privacy.l2_clip_norm = {self.privacy.l2_clip_norm:g} is above {limit}: clients with larger values "
+                f"would drop out of rounds, which depends on their data; {move} or lower l2_clip_norm"
             )
 
     def ring_bits(self, clients: int) -> int:
@@ -262,5 +280,4 @@ class RunConfig(Table):
 
 def largest_clip(config: RunConfig) -> float | None:
     """Return the largest norm of an update of which no value can be beyond the codec's range; None for no limit."""
-    fails_beyond = config.secagg.name == "masked" and getattr(config.compression, "name", "") == "identity"
-    return float(getattr(config.compression, "max_value", math.inf)) if fails_beyond else None
+    return largest_carried(config.compression, masked=config.secagg.name == "masked")

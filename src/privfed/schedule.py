@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from privfed.registry import Registry
 from privfed.table import Table
+
+RULES: Registry[Any] = Registry("aggregation rule", "privfed.rules")
+"""The aggregation rules, with their types in ``privfed.rules``; here as well because ``[server]`` picks one."""
 
 
 class ClientConfig(Table):
@@ -59,11 +64,32 @@ class ClientConfig(Table):
         return self.probability(shard_size) * shard_size
 
 
+def rule_table(value: Any) -> Table:
+    """Return the table of a rule that is given by its name alone, or by a table with a name.
+
+    Raises:
+        UnknownNameError: If there is no such rule.
+        ValueError: If it is neither.
+    """
+    if isinstance(value, Table):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected the name of an aggregation rule or a table with one, got {value!r}")
+    raw = {"name": "fedavg", **value}
+    if not isinstance(raw["name"], str):
+        raise ValueError(f"name must be a string, got {raw['name']!r}")
+    found: Table = RULES.get(raw["name"]).config.model_validate(raw)
+    return found
+
+
 class ServerConfig(Table):
     """How the server combines updates.
 
     Attributes:
-        aggregation: The rule, by name; ``privfed ls rules`` lists them.
+        aggregation: The rule, by its name, or a table of its name and options (``[server.aggregation]``);
+            ``privfed ls rules`` lists them.
         personal: Trained tensors that stay with each client: ``head``, or patterns of tensor names with ``*``;
             one, or a list.
         weighting: ``uniform``, or ``examples``: in proportion to the client's number of examples.
@@ -81,11 +107,15 @@ class ServerConfig(Table):
             None for all clients.
         evaluate_every: Evaluate on the test split each so many rounds (and after the last).
         evaluate_clients: Where parts are personal, score at most so many clients: each needs a pass of its own.
+        ranks: Ranks of the clients' LoRA adapters, dealt out in turn over the clients in the order of their names
+            (HetLoRA); none is above the tuning's. Empty: all have the tuning's.
         meter: Record how far the average of the factors is from the average of the products. It reads what single
             clients sent: a simulator's figure, marked as such in metrics.jsonl and no part of the release.
     """
 
-    aggregation: str = "fedavg"
+    aggregation: Annotated[SerializeAsAny[Table], BeforeValidator(rule_table)] = Field(
+        default_factory=lambda: rule_table("fedavg")
+    )
     personal: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
         default_factory=list
     )
@@ -102,6 +132,7 @@ class ServerConfig(Table):
     evaluate_every: int = Field(default=5, ge=1)
     evaluate_clients: int = Field(default=100, ge=1)
     meter: bool = False
+    ranks: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -111,6 +142,11 @@ class ServerConfig(Table):
                 'or optimizer = "sgd"'
             )
         return self
+
+    @property
+    def rule(self) -> str:
+        """The name of the aggregation rule."""
+        return str(getattr(self.aggregation, "name", ""))
 
 
 class HeadWarmStart(Table):

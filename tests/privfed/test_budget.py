@@ -92,6 +92,17 @@ def test_every_client_level_mechanism_answers_all_three_questions(name):
     assert f"({name}; the noise in the model's sum of averages is {phase['noise_in_model']:.4f} clips)" in text
 
 
+def test_random_cohorts_that_cannot_be_masked_are_set_aside_or_refused():
+    """Three clients at least where one may be corrupt; with n_min given, a window that few cohorts fall into."""
+    fixed = ("privacy.noise_multiplier=1", "privacy.target_epsilon=unset", "secagg.name=masked")
+    given = (*CLIENT, *fixed, "partition.clients=400", "server.cohort_size=26")
+    trusted, careful = ask(*given, "secagg.corrupt=0.0"), ask(*given)
+    assert trusted["epsilon"] < careful["epsilon"]
+    for n_min in (3, 20):
+        with pytest.raises(ConfigError, match=r"more than a tenth of target_delta.*leave secagg.n_min unset"):
+            ask(*given, f"secagg.n_min={n_min}")
+
+
 def test_the_noise_in_the_model_is_that_of_independent_sums():
     found = ask(*CLIENT, "privacy.noise_multiplier=1", "privacy.target_epsilon=unset")
     assert found["phases"][0]["noise_in_model"] == pytest.approx((41 / 2) ** 0.5 / 20)

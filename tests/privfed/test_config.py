@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import pytest
 from hypothesis import given, settings
@@ -344,22 +345,107 @@ def test_the_ring_is_what_the_codec_needs_unless_it_is_given():
     assert rings == {8: 16, 12: 20, 16: 24}  # 20 times 2^(bits - 1) - 1 has to stay below 2^(ring - 1)
 
 
+CLIENT_LEVEL = ["privacy.unit=client", "head_warm_start.name=none", "server.cohort_size=10"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["compression.name=random_k"], ["random_k", "shared anew each round", "identity"]),
-        (["compression.name=powersgd"], ["powersgd", "not provide yet"]),
-        (["compression.name=count_sketch"], ["count_sketch", "keeps a state"]),
-        (["compression.name=top_k"], ["top_k", "masked", "do not add up"]),
-        (["compression.name=top_k", "secagg.name=none"], ["top_k", "not provide yet"]),
+        (["compression.name=top_k"], ['"top_k"', '"masked"', "do not add up", 'use compression.name = "random_k"']),
+        (["compression.name=svd_truncate"], ['"svd_truncate"', "do not add up", '"powersgd", or secagg.name = "none"']),
+        (["compression.name=cast"], ['"cast"', "do not add up", 'use compression.name = "stochastic_quantizer"']),
+        (
+            ["compression.name=powersgd", 'compression.inner={name="cast"}'],
+            ['compression.inner.name = "cast"', "masked", 'use compression.inner.name = "stochastic_quantizer"'],
+        ),
+        (
+            ["compression.name=random_k", 'compression.inner={name="random_k", inner={name="cast"}}'],
+            ['compression.inner.inner.name = "cast"', "masked", "do not add up"],
+        ),
         (["compression.name=sign", "server.weighting=examples"], ["sign", "weighting", "uniform"]),
         (
-            ["compression.name=sign", "compression.vote=majority", "privacy.unit=client", "head_warm_start.name=none"],
-            ["sign", "a bound on what"],
+            ["compression.name=count_sketch", "server.aggregation=flexlora", "tuning.name=lora", "secagg.name=none"],
+            ['"count_sketch"', '"flexlora"', "decodes sums only", 'use compression.name = "random_k"'],
         ),
+        (
+            ["compression.name=count_sketch", "server.meter=true"],
+            ['"count_sketch"', "server.meter = true", "set server.meter = false"],
+        ),
+        (
+            ["compression.name=sign", "server.aggregation=scaffold", "client.optimizer=sgd"],
+            ['"sign"', '"scaffold"', "no average of updates", '"stochastic_quantizer"'],
+        ),
+        *(
+            (
+                [f"compression.name={name}", "privacy.mechanism=banded", *CLIENT_LEVEL],
+                [f'"{name}"', '"banded"', said, 'use mechanism = "gaussian"'],
+            )
+            for name, said in {
+                "powersgd": "two sums a round",
+                "random_k": "other values in each",
+                "global_mask": "other values in each",
+                "seed_projection": "other values in each",
+                "rotated_quantizer": "other values in each",
+            }.items()
+        ),
+        (
+            ["compression.name=count_sketch", *CLIENT_LEVEL],
+            ["l2_clip_norm", "'count_sketch' carries", "bound max_norm"],
+        ),
+        (
+            ["compression.name=random_k", 'compression.inner={name="identity", max_value=0.1}', *CLIENT_LEVEL],
+            ["l2_clip_norm = 0.5", "above the 0.1 that 'random_k' carries", "raise inner.max_value"],
+        ),
+        (
+            [
+                *("compression.name=cast", "compression.dtype=float16", "secagg.name=none"),
+                *("privacy.l2_clip_norm=7e4", *CLIENT_LEVEL),
+            ],
+            ["l2_clip_norm = 70000", "65504"],
+        ),
+        (
+            ["compression.name=random_k", "compression.error_feedback=true"],
+            ["error_feedback", "unbiased = true", "set compression.unbiased = false"],
+        ),
+        (
+            ["compression.name=random_k", "privacy.placement=distributed", "privacy.accountant=rdp"],
+            ["'random_k'", "distributed", 'use compression.name = "identity"'],
+        ),
+        (["downlink.name=count_sketch"], ['downlink.name = "count_sketch"', "cannot encode a broadcast", '"cast"']),
+        (["downlink.name=powersgd"], ['downlink.name = "powersgd"', "cannot encode a broadcast"]),
+        (["downlink.name=zip"], ["Unknown codec 'zip'"]),
+        (["downlink.name=cast", "downlink.bits=4"], ["Unknown key 'downlink.bits'", "Known: name, dtype"]),
     ],
 )
 def test_codecs_that_the_rounds_cannot_serve_are_refused(overrides, parts):
     with pytest.raises(ConfigError) as caught:
         load_config("tiny", overrides)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["compression.name=count_sketch", "privacy.mechanism=banded", "secagg.name=none", *CLIENT_LEVEL],
+        ["compression.name=count_sketch", "compression.max_norm=1.0", *CLIENT_LEVEL],
+        ["compression.name=top_k", "privacy.mechanism=banded", "secagg.name=none", *CLIENT_LEVEL],
+        ["compression.name=sign", "compression.vote=majority", *CLIENT_LEVEL],
+        ["compression.name=powersgd", *CLIENT_LEVEL],
+        ["compression.name=top_k", "secagg.name=none", "server.weighting=examples"],
+        ["compression.name=random_k", "downlink.name=top_k", "downlink.density=0.1"],
+        ["compression.name=global_mask", 'compression.inner={name="rotated_quantizer"}'],
+    ],
+)
+def test_codecs_that_the_rounds_can_serve_are_taken(overrides):
+    found = load_config("tiny", overrides)
+    assert parse_config(tomllib.loads(found.to_toml()), where="again") == found
+
+
+def test_rings_of_codecs_that_choose_values_are_those_of_the_nested_one():
+    nested = 'compression.inner={name="stochastic_quantizer", bits=8}'
+    for name in ("random_k", "count_sketch", "global_mask", "seed_projection", "powersgd"):
+        assert load_config("base.toml", [f"compression.name={name}"]).ring_bits(20) == 32
+        assert load_config("base.toml", [f"compression.name={name}", nested]).ring_bits(20) == 16
+    assert load_config("base.toml", ["compression.name=sign"]).ring_bits(20) == 16
+    rotated = ["compression.name=rotated_quantizer", "compression.bits=12"]
+    assert load_config("base.toml", rotated).ring_bits(20) == 20

@@ -35,6 +35,13 @@ RUNS = {
     },
     "own states": {"server": {**SERVER, "aggregation": "scaffold", "personal": ["head"]}},
     "carried weights": {"server": {**SERVER, "aggregation": "frlora"}, "tuning": {"name": "lora", "r": 2}},
+    "sketches at the server": {
+        "server": SERVER,
+        "compression": {"name": "count_sketch", "rows": 3, "columns": 200, "momentum": 0.5},
+        "downlink": {"name": "stochastic_quantizer", "max_value": 1.0},
+    },
+    # two passes, factors at the server and residuals at the clients
+    "residuals at the clients": {"server": SERVER, "compression": {"name": "powersgd", "rank": 1}},
 }
 
 

@@ -31,6 +31,8 @@ CASES: dict[str, Mapping[str, Any]] = {
         "compression": {"name": "stochastic_quantizer", "bits": 10, "max_value": 2.0},
     },
     "flora": {"server": {"aggregation": "flora"}, "secagg": PLAIN, "privacy": {"unit": "none"}},
+    "krum": {"server": {"aggregation": {"name": "krum", "byzantine": 0}}, "secagg": PLAIN},
+    "median, personal head": {"server": {"aggregation": "median", "personal": ["head"]}, "secagg": PLAIN},
     "scaffold": {"server": {"aggregation": "scaffold", "personal": ["head"]}},
     "fedsa_lora": {"server": {"aggregation": "fedsa_lora"}},
     "personal head": {"server": {"personal": ["head"], "optimizer": "fedyogi", "learning_rate": 0.01}},

@@ -73,7 +73,7 @@ def rounded(wanted: Float, total: int) -> NDArray[np.int64]:
     """Return non-negative integers near ``wanted`` with the given sum (largest remainders)."""
     clipped = np.clip(wanted, 0, None)
     clipped = clipped * total / max(clipped.sum(), 1e-12)
-    counts = np.floor(clipped).astype(np.int64)
+    counts: NDArray[np.int64] = np.floor(clipped).astype(np.int64)
     order = np.argsort(clipped - counts)[::-1]
     counts[order[: total - int(counts.sum())]] += 1
     return counts

@@ -37,7 +37,7 @@ class MatchingConfig(Table):
     Attributes:
         objective: What is made small.
         steps: Steps of Adam on the embeddings.
-        learning_rate: Of Adam, decaying to a tenth.
+        learning_rate: Of Adam, in multiples of the root mean square of a word's embedding, decaying to a tenth.
         l1: Weight of L1 in ``tag``.
         norm_weight: Weight of the penalty on the embeddings' length; 0 for none.
         starts: Random starts, of which the one with the least loss goes on.
@@ -51,7 +51,7 @@ class MatchingConfig(Table):
     name: Literal["matching"] = "matching"
     objective: Literal["l2", "tag", "cosine"] = "cosine"
     steps: int = Field(default=300, ge=1)
-    learning_rate: float = Field(default=0.05, gt=0)
+    learning_rate: float = Field(default=0.2, gt=0)
     l1: float = Field(default=0.01, ge=0)
     norm_weight: float = Field(default=0.1, ge=0)
     starts: int = Field(default=4, ge=1)

@@ -31,14 +31,14 @@ class SubspaceConfig(Table):
 
     Attributes:
         steps: Steps of Adam on the embeddings.
-        learning_rate: Of Adam.
+        learning_rate: Of Adam, in multiples of the root mean square of a word's embedding.
         candidates: Tokens kept at each position.
         second: Weight of the second layer's distance.
     """
 
     name: Literal["subspace"] = "subspace"
     steps: int = Field(default=100, ge=0)
-    learning_rate: float = Field(default=0.02, gt=0)
+    learning_rate: float = Field(default=0.2, gt=0)
     candidates: int = Field(default=16, ge=1)
     second: float = Field(default=1.0, ge=0)
 

@@ -66,10 +66,9 @@ class Matcher:
         """Return what was found."""
         embeddings_BSe = self._first()
         free = (self.fixed_BS < 0)[..., None]
-        optimizer = torch.optim.Adam([embeddings_BSe.requires_grad_(True)], lr=self.config.learning_rate)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, self.config.steps, eta_min=self.config.learning_rate / 10
-        )
+        rate = self.config.learning_rate * float(self.usual) / math.sqrt(self.table_Ve.shape[1])
+        optimizer = torch.optim.Adam([embeddings_BSe.requires_grad_(True)], lr=rate)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.config.steps, eta_min=rate / 10)
         for step in range(1, self.config.steps + 1):
             loss = self._loss(embeddings_BSe) + self._length_penalty(embeddings_BSe)
             (gradient,) = torch.autograd.grad(loss, embeddings_BSe)
@@ -128,7 +127,8 @@ class Matcher:
     def _length_penalty(self, embeddings_BSe: torch.Tensor) -> torch.Tensor:
         if not self.config.norm_weight:
             return embeddings_BSe.new_zeros(())
-        return self.config.norm_weight * (embeddings_BSe.norm(dim=-1).mean() / self.usual - 1) ** 2
+        penalty: torch.Tensor = self.config.norm_weight * (embeddings_BSe.norm(dim=-1).mean() / self.usual - 1) ** 2
+        return penalty
 
     def _nearest(self, embeddings_BSe: torch.Tensor, count: int) -> torch.Tensor:
         """Return the nearest words by cosine [B, S, count]."""
@@ -236,8 +236,9 @@ def distance(
     a = torch.cat([made[name].flatten() for name in observed])
     b = torch.cat([observed[name].flatten() for name in observed])
     if objective == "cosine":
-        return 1 - (a @ b) / (a.norm() * b.norm()).clamp_min(1e-30)
-    far = ((a - b) ** 2).sum() / (b**2).sum().clamp_min(1e-30)
+        apart: torch.Tensor = 1 - (a @ b) / (a.norm() * b.norm()).clamp_min(1e-30)
+        return apart
+    far: torch.Tensor = ((a - b) ** 2).sum() / (b**2).sum().clamp_min(1e-30)
     return far if objective == "l2" else far + l1 * (a - b).abs().sum() / b.abs().sum().clamp_min(1e-30)
 
 

@@ -94,7 +94,7 @@ def span_of(stacks: Sequence[tuple[Array, float]], margin: float = 1.05) -> Span
         return Span(basis_dk=torch.zeros(width, 0, dtype=torch.float64), values_k=torch.zeros(0), floor=0.0, rows=0)
     stacked = np.concatenate(parts)
     rows, width = stacked.shape
-    _, values, right = _svd(stacked)
+    values, right = _svd(stacked)
     floor = margin * (np.sqrt(rows) + np.sqrt(width))
     kept = int((values > max(floor, values[0] * 1e-10)).sum())
     return Span(
@@ -105,11 +105,12 @@ def span_of(stacks: Sequence[tuple[Array, float]], margin: float = 1.05) -> Span
     )
 
 
-def _svd(stacked: Array) -> tuple[Array | None, Array, Array]:
+def _svd(stacked: Array) -> tuple[Array, Array]:
+    """Return singular values and right singular vectors (rows)."""
     if len(stacked) > 2 * stacked.shape[1]:  # the same values and right vectors, in less time
-        stacked = np.linalg.qr(stacked, mode="r")
+        stacked = np.asarray(np.linalg.qr(stacked, mode="r"))
     _, values, right = np.linalg.svd(stacked, full_matrices=False)
-    return None, values, right
+    return values, right
 
 
 def noise_of(observation: Observation, name: str) -> float:

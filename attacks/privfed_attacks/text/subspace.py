@@ -72,7 +72,8 @@ class Pull:
         start_BS = self._start(near_SK)
         table_Ve = self.module.get_input_embeddings().weight.detach()  # type: ignore[operator]
         embeddings = table_Ve[start_BS].clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([embeddings], lr=self.config.learning_rate)
+        rate = self.config.learning_rate * float(table_Ve.square().mean().sqrt())
+        optimizer = torch.optim.Adam([embeddings], lr=rate)
         mask_BS = self._mask()
         loss = torch.zeros(())
         for _ in range(self.config.steps):

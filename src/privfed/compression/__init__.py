@@ -100,6 +100,11 @@ class Properties:
         needs_individual: The server has to read each message by itself before it can add.
         scales: The encoding of a multiple stands for that multiple, so that clients can be weighted.
         downlink: A broadcast can be encoded with it.
+        separable: A message by itself stands for its client's vector, whatever was summed before, so that a rule can
+            read each one where nothing is masked.
+        steady: The values of a sum have the same meaning and number in every round, so that noise may be correlated
+            over rounds.
+        dense: Every value of the updates has a part in what is decoded, so that every trained tensor has to move.
     """
 
     summable: bool
@@ -115,6 +120,9 @@ class Properties:
     needs_individual: bool = False
     scales: bool = True
     downlink: bool = False
+    separable: bool = True
+    steady: bool = True
+    dense: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,12 +294,17 @@ class CodecPlugin:
 
     Attributes:
         ring_bits: The ring that ``secagg.ring_bits = "auto"`` takes for this table and so many clients.
+        carries: Maps (table, whether sums are masked) to the largest norm of a vector of which no value can be beyond
+            what the codec encodes; None where it encodes any. A client whose vector is longer may have to drop.
+        instead: A codec of its kind whose messages add up in a ring, for sentences that refuse this one.
     """
 
     config: type[Table]
     build: Callable[[Any, Ring | None], Codec]
     declare: Callable[[Any, bool], Properties]
     ring_bits: Callable[[Any, int], int] = lambda _config, _clients: 32
+    carries: Callable[[Any, bool], float | None] = lambda _config, _masked: None
+    instead: str = "identity"
 
 
 CODECS: Registry[CodecPlugin] = Registry("codec", "privfed.compression")
@@ -328,6 +341,21 @@ def declare_inner(config: Table, masked: bool, outer: str) -> Properties:
             "inner.name = 'identity', 'cast', 'stochastic_quantizer', 'rotated_quantizer' or 'random_k'."
         )
     return found
+
+
+def plugin_of(config: Table) -> CodecPlugin:
+    """Return the plug-in of a codec's table."""
+    return CODECS.get(str(getattr(config, "name", "")))
+
+
+def inner_ring_bits(config: Any, clients: int) -> int:
+    """Return the ring that a codec takes whose values a nested one encodes."""
+    return plugin_of(config.inner).ring_bits(config.inner, clients)
+
+
+def inner_carries(config: Any, masked: bool) -> float | None:
+    """Return what a codec carries whose nested one gets no value larger than the vector's norm."""
+    return plugin_of(config.inner).carries(config.inner, masked)
 
 
 def build_inner(config: Table, ring: Ring | None) -> Codec:

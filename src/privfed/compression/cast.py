@@ -86,4 +86,10 @@ def _declare(_config: CastConfig, _masked: bool) -> Properties:
     return Properties(summable=False, shared_support=True, unbiased=False, downlink=True)
 
 
-CODECS.register("cast")(CodecPlugin(config=CastConfig, build=Cast, declare=_declare))
+def _carries(config: CastConfig, _masked: bool) -> float | None:
+    return _LIMITS[config.dtype][0] if config.dtype == "float16" else None
+
+
+CODECS.register("cast")(
+    CodecPlugin(config=CastConfig, build=Cast, declare=_declare, carries=_carries, instead="stochastic_quantizer")
+)

@@ -9,6 +9,7 @@ Shape suffixes: D values of an update; R rows and C columns of the sketch; K val
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
@@ -22,7 +23,10 @@ from privfed.compression import (
     CodecState,
     Inner,
     Properties,
+    declare_inner,
     float_slack,
+    inner_carries,
+    inner_ring_bits,
     plain_inner,
     public_stream,
 )
@@ -73,7 +77,9 @@ class CountSketch(Nested):
     @staticmethod
     def declared(config: CountSketchConfig, masked: bool) -> Properties:
         """Return what is true of it."""
-        return led_properties(config, masked)
+        found = led_properties(config, masked)
+        inner = declare_inner(config.inner, masked, config.name)
+        return replace(found, separable=False, steady=inner.steady)  # hashes are the run's
 
     def values(self, length: int) -> int:  # noqa: ARG002
         """Return R C."""
@@ -160,4 +166,20 @@ def _hashes(seed: bytes, length: int, rows: int, columns: int) -> _Hashes:
     return tuple(buckets), tuple(signs), tuple(loads)
 
 
-CODECS.register("count_sketch")(CodecPlugin(config=CountSketchConfig, build=CountSketch, declare=CountSketch.declared))
+def _carries(config: CountSketchConfig, masked: bool) -> float | None:
+    """Return what is carried whatever the hashes: a bucket may sum many values, unless ``max_norm`` cuts it."""
+    limit = inner_carries(config, masked)
+    if limit is None or (config.max_norm is not None and config.max_norm * (1 + 2.0**-20) <= limit):
+        return None
+    return 0.0
+
+
+CODECS.register("count_sketch")(
+    CodecPlugin(
+        config=CountSketchConfig,
+        build=CountSketch,
+        declare=CountSketch.declared,
+        ring_bits=inner_ring_bits,
+        carries=_carries,
+    )
+)

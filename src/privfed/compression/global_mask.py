@@ -26,6 +26,8 @@ from privfed.compression import (
     Properties,
     Ring,
     RoundContext,
+    inner_carries,
+    inner_ring_bits,
     plain_inner,
 )
 from privfed.compression.fixed_point import check_finite
@@ -134,4 +136,12 @@ class GlobalMask(Nested):
         return self._found[length]
 
 
-CODECS.register("global_mask")(CodecPlugin(config=GlobalMaskConfig, build=GlobalMask, declare=GlobalMask.declared))
+CODECS.register("global_mask")(
+    CodecPlugin(
+        config=GlobalMaskConfig,
+        build=GlobalMask,
+        declare=GlobalMask.declared,
+        ring_bits=inner_ring_bits,
+        carries=inner_carries,
+    )
+)

@@ -105,4 +105,8 @@ def _declare(_config: IdentityConfig, masked: bool) -> Properties:
     return Properties(summable=True, shared_support=True, unbiased=not masked, downlink=True)
 
 
-CODECS.register("identity")(CodecPlugin(config=IdentityConfig, build=Identity, declare=_declare))
+def _carries(config: IdentityConfig, masked: bool) -> float | None:
+    return config.max_value if masked else None
+
+
+CODECS.register("identity")(CodecPlugin(config=IdentityConfig, build=Identity, declare=_declare, carries=_carries))

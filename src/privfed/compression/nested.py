@@ -134,6 +134,8 @@ def nested_properties(config: Any, masked: bool, **own: bool) -> Properties:
         bounded=inner.bounded,
         needs_context=True,
         needs_round_seed=inner.needs_round_seed,
+        steady=False,
+        dense=inner.dense,
     )
     return replace(mine, **own)
 
@@ -155,4 +157,4 @@ def seeded_properties(config: Any, masked: bool) -> Properties:
 
 def led_properties(config: Any, masked: bool) -> Properties:
     """Return what is true of a codec whose server picks what counts and remembers it from round to round."""
-    return nested_properties(config, masked, unbiased=False, linear=False, server_state=True)
+    return nested_properties(config, masked, unbiased=False, linear=False, server_state=True, dense=False)

@@ -29,6 +29,8 @@ from privfed.compression import (
     Wire,
     build_inner,
     float_slack,
+    inner_carries,
+    inner_ring_bits,
     no_context,
     plain_inner,
     public_stream,
@@ -258,4 +260,12 @@ def _declare(config: PowerSGDConfig, masked: bool) -> Properties:
     )
 
 
-CODECS.register("powersgd")(CodecPlugin(config=PowerSGDConfig, build=PowerSGD, declare=_declare))
+CODECS.register("powersgd")(
+    CodecPlugin(
+        config=PowerSGDConfig,
+        build=PowerSGD,
+        declare=_declare,
+        ring_bits=inner_ring_bits,
+        carries=inner_carries,
+    )
+)

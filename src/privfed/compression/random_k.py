@@ -9,6 +9,7 @@ Shape suffixes: D values of an update, K values sent.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,8 @@ from privfed.compression import (
     Properties,
     Ring,
     RoundContext,
+    inner_carries,
+    inner_ring_bits,
     plain_inner,
 )
 from privfed.compression.fixed_point import check_finite
@@ -68,7 +71,7 @@ class RandomK(Nested):
     @staticmethod
     def declared(config: RandomKConfig, masked: bool) -> Properties:
         """Return what is true of it."""
-        return seeded_properties(config, masked)
+        return replace(seeded_properties(config, masked), dense=False)
 
     def values(self, length: int) -> int:
         """Return K."""
@@ -105,4 +108,12 @@ class RandomK(Nested):
         return self._drawn[length]
 
 
-CODECS.register("random_k")(CodecPlugin(config=RandomKConfig, build=RandomK, declare=RandomK.declared))
+CODECS.register("random_k")(
+    CodecPlugin(
+        config=RandomKConfig,
+        build=RandomK,
+        declare=RandomK.declared,
+        ring_bits=inner_ring_bits,
+        carries=inner_carries,
+    )
+)

@@ -27,7 +27,11 @@ from privfed.compression import (
     renamed,
 )
 from privfed.compression.fixed_point import check_finite
-from privfed.compression.stochastic_quantizer import StochasticQuantizer, StochasticQuantizerConfig
+from privfed.compression.stochastic_quantizer import (
+    StochasticQuantizer,
+    StochasticQuantizerConfig,
+    stochastic_ring_bits,
+)
 from privfed.hadamard import padded_length, rotate, unrotate
 from privfed.rng import PrivateStream
 from privfed.table import Table
@@ -125,10 +129,11 @@ def _declare(_config: RotatedQuantizerConfig, _masked: bool) -> Properties:
         unbiased=True,
         needs_context=True,
         needs_round_seed=True,
+        steady=False,
         downlink=True,
     )
 
 
 CODECS.register("rotated_quantizer")(
-    CodecPlugin(config=RotatedQuantizerConfig, build=RotatedQuantizer, declare=_declare)
+    CodecPlugin(config=RotatedQuantizerConfig, build=RotatedQuantizer, declare=_declare, ring_bits=stochastic_ring_bits)
 )

@@ -23,6 +23,8 @@ from privfed.compression import (
     Inner,
     Properties,
     float_slack,
+    inner_carries,
+    inner_ring_bits,
     plain_inner,
 )
 from privfed.compression.fixed_point import check_finite
@@ -107,5 +109,11 @@ class SeedProjection(Nested):
 
 
 CODECS.register("seed_projection")(
-    CodecPlugin(config=SeedProjectionConfig, build=SeedProjection, declare=SeedProjection.declared)
+    CodecPlugin(
+        config=SeedProjectionConfig,
+        build=SeedProjection,
+        declare=SeedProjection.declared,
+        ring_bits=inner_ring_bits,
+        carries=inner_carries,
+    )
 )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from privfed.compression import CODECS, BaseCodec, CodecPlugin, CodecState, Properties, Ring, Wire
-from privfed.compression.fixed_point import check_finite
+from privfed.compression.fixed_point import check_finite, least_ring
 from privfed.compression.one_bit import signs, sum_of_signs
 from privfed.rng import PrivateStream
 from privfed.table import Table
@@ -103,4 +103,8 @@ def _declare(config: SignConfig, _masked: bool) -> Properties:
     )
 
 
-CODECS.register("sign")(CodecPlugin(config=SignConfig, build=Sign, declare=_declare))
+CODECS.register("sign")(
+    CodecPlugin(
+        config=SignConfig, build=Sign, declare=_declare, ring_bits=lambda _config, clients: least_ring(1, clients)
+    )
+)

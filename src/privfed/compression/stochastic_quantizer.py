@@ -6,7 +6,7 @@ public range in place of each client's own norm, so that integers add up under m
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,11 +130,13 @@ def _declare(_config: StochasticQuantizerConfig, _masked: bool) -> Properties:
     return Properties(summable=True, shared_support=True, unbiased=True, downlink=True)
 
 
-def _ring_bits(config: StochasticQuantizerConfig, clients: int) -> int:
-    """Return the smallest ring that holds the sum of ``clients`` grid points."""
+def stochastic_ring_bits(config: Any, clients: int) -> int:
+    """Return the smallest ring that holds the sum of ``clients`` grid points of ``config.bits`` bits."""
     return least_ring(max(1, 2 ** (config.bits - 1) - 1), clients)
 
 
 CODECS.register("stochastic_quantizer")(
-    CodecPlugin(config=StochasticQuantizerConfig, build=StochasticQuantizer, declare=_declare, ring_bits=_ring_bits)
+    CodecPlugin(
+        config=StochasticQuantizerConfig, build=StochasticQuantizer, declare=_declare, ring_bits=stochastic_ring_bits
+    )
 )

@@ -124,4 +124,6 @@ def _declare(config: SvdTruncateConfig, _masked: bool) -> Properties:
     )
 
 
-CODECS.register("svd_truncate")(CodecPlugin(config=SvdTruncateConfig, build=SvdTruncate, declare=_declare))
+CODECS.register("svd_truncate")(
+    CodecPlugin(config=SvdTruncateConfig, build=SvdTruncate, declare=_declare, instead="powersgd")
+)

@@ -25,6 +25,7 @@ from privfed.compression import (
     RoundContext,
     Wire,
     declare_inner,
+    inner_carries,
     plain_inner,
 )
 from privfed.compression.fixed_point import check_finite
@@ -81,6 +82,8 @@ class TopK(Nested):
             needs_round_seed=inner.needs_round_seed,
             stateful=config.error_feedback,
             needs_individual=True,
+            steady=inner.steady,
+            dense=False,
             downlink=inner.downlink,
         )
 
@@ -131,4 +134,6 @@ def largest(magnitudes_D: NDArray[np.floating], count: int) -> NDArray[np.int64]
     return np.sort(found).astype(np.int64)
 
 
-CODECS.register("top_k")(CodecPlugin(config=TopKConfig, build=TopK, declare=TopK.declared))
+CODECS.register("top_k")(
+    CodecPlugin(config=TopKConfig, build=TopK, declare=TopK.declared, carries=inner_carries, instead="random_k")
+)

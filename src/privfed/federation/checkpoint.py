@@ -16,8 +16,8 @@ from privfed.errors import ResumeError
 from privfed.federation.state import ServerState
 from privfed.files import write_atomic
 
-VERSION = "2"
-_READABLE = {"1", VERSION}  # version 1 had nothing carried
+VERSION = "3"
+_READABLE = {"1", "2", VERSION}  # version 1 had nothing carried, version 2 no codec's state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` to ``path`` (safetensors with the small fields as metadata)."""
     state = checkpoint.state
     tensors: dict[str, Any] = {"params": state.params_D}
-    kinds = {"optimizer": state.optimizer, "mechanism": state.mechanism, "carried": state.carried}
+    kinds: dict[str, Mapping[str, Any]] = {
+        "optimizer": state.optimizer,
+        "mechanism": state.mechanism,
+        "carried": state.carried,
+        "codec": state.codec,
+    }
     for kind, vectors in kinds.items():
         tensors |= {f"{kind}.{name}": vector for name, vector in vectors.items()}
     fields = {
@@ -83,6 +88,7 @@ def _parsed(fields: Mapping[str, Any], tensors: dict[str, Any]) -> Checkpoint:
         mechanism=_of_kind("mechanism", tensors),
         taken=fields["taken"],
         carried=_of_kind("carried", tensors),
+        codec=_of_kind("codec", tensors),
     )
     return Checkpoint(state=state, metrics_bytes=fields["metrics_bytes"], totals=fields["totals"])
 

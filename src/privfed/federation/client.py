@@ -6,87 +6,51 @@ Shape suffixes: D trained values, S shared values, M values sent in a round.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-import msgpack
 import numpy as np
 
 from privfed.compression import Codec
+from privfed.compression.feedback import corrected, residual
 from privfed.errors import ClientError, ProtocolError
+from privfed.federation.codecs import (
+    Downlink,
+    Place,
+    codec_at,
+    received_params,
+    residual_name,
+    residuals,
+    second_codec,
+)
 from privfed.federation.distributed import Shares
 from privfed.federation.local import LocalTrainer, StepDone, Work
+from privfed.federation.messages import Broadcast, Interim
 from privfed.federation.personal import PERSONAL, PersonalStore
-from privfed.federation.sharing import Sharing
+from privfed.federation.ranks import Support
+from privfed.federation.sharing import Selection, Sharing
 from privfed.privacy.ledger import Charge, Ledger
 from privfed.privacy.mechanisms import AtWork, Terms
 from privfed.rng import PrivateStream
 from privfed.rules.scaffold import CONTROL, variate_change
 from privfed.types import Encoded, Float32, PrivacyEvent, Shard, Update
 
-_HEADER_BYTES = 2
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Broadcast:
-    """What the server sends to every client of a round.
+class Answer:
+    """What a client sends in a round.
 
     Attributes:
-        params_D: The shared parameters.
-        carried: Tensors by name that the server changes and no client trains, and a rule's own vectors.
-        terms: What the privacy mechanism tells the clients.
+        encoded: The message, or that of the first of two passes.
+        codec: The codec of the round that made it.
+        go_on: Maps the server's message between the passes to the answer of the second one; None after the last. The
+            client holds its update until then.
     """
 
-    run_id: str
-    phase: str
-    round: int
-    layout_digest: str
-    params_D: Float32 = field(repr=False)
-    carried: Mapping[str, Float32] = field(default_factory=dict, repr=False)
-    terms: Terms = ()
-
-    def to_bytes(self) -> bytes:
-        """Return the message."""
-        names = [[name, list(value.shape)] for name, value in self.carried.items()]
-        fields = [2, self.run_id, self.phase, self.round, self.layout_digest, names, list(self.terms)]
-        header: bytes = msgpack.packb(fields)
-        parts = [self.params_D, *self.carried.values()]
-        payload = b"".join(np.ascontiguousarray(part).astype("<f4").tobytes() for part in parts)
-        return len(header).to_bytes(_HEADER_BYTES, "little") + header + payload
-
-    @staticmethod
-    def from_bytes(message: bytes, *, size: int) -> Broadcast:
-        """Return the broadcast of ``size`` parameters in ``message``.
-
-        Raises:
-            ProtocolError: If it is malformed or of another size.
-        """
-        end = _HEADER_BYTES + int.from_bytes(message[:_HEADER_BYTES], "little")
-        try:
-            version, run_id, phase, number, digest, names, terms = msgpack.unpackb(message[_HEADER_BYTES:end])
-            sizes = [math.prod(shape) for _, shape in names]
-            sound = all(isinstance(term, float) and math.isfinite(term) for term in terms)
-        except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
-            raise ProtocolError(f"The broadcast's header cannot be read: {error}.") from error
-        if version != 2 or len(message) - end != 4 * (size + sum(sizes)):
-            raise ProtocolError(
-                f"The broadcast holds {(len(message) - end) // 4} values, expected {size + sum(sizes)}."
-            )
-        if not sound:
-            raise ProtocolError(f"The broadcast's terms are {terms}, expected finite numbers.")
-        values = np.frombuffer(message[end:], dtype="<f4").astype(np.float32)
-        params_D, *parts = np.split(values, np.cumsum([size, *sizes])[:-1])
-        carried = {name: part.reshape(shape) for (name, shape), part in zip(names, parts, strict=True)}
-        return Broadcast(
-            run_id=run_id,
-            phase=phase,
-            round=number,
-            layout_digest=digest,
-            params_D=params_D,
-            carried=carried,
-            terms=tuple(terms),
-        )
+    encoded: Encoded = field(repr=False)
+    codec: Codec = field(repr=False)
+    go_on: Callable[[bytes], Answer] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +111,9 @@ class Client:
         mechanism: What bounds the update under client-level privacy at a trusted server, or None.
         shares: How the client adds its share of distributed noise, or None.
         weight: Aggregation weight, at most 1.
+        seed: The run's: the codec's public choices of each round follow from it.
+        downlink: Reads the broadcast's parameters where they are encoded.
+        support: The part of the adapter that a client of a lower rank has, or None.
     """
 
     shard: Shard
@@ -159,8 +126,11 @@ class Client:
     mechanism: AtWork | None
     weight: float
     shares: Shares | None = None
+    seed: int = 0
+    downlink: Downlink | None = None
+    support: Support | None = None
 
-    def respond(self, broadcast: bytes, on_step: StepDone, start_D: Float32 | None = None) -> Encoded:
+    def respond(self, broadcast: bytes, on_step: StepDone, start_D: Float32 | None = None) -> Answer:
         """Return the encoded, weighted update for ``broadcast``; its cost is in the ledger by then.
 
         The noise derives from the digest of the broadcast and of the client's own state: the same ones, after a
@@ -169,6 +139,7 @@ class Client:
         Under example-level privacy the gradient over shared and personal tensors is clipped and noised as one vector,
         so both are private; under client level only what is sent is clipped, and what stays is not protected.
         Under distributed noise what is returned has only the client's own share of it: it is masked before it leaves.
+        With error feedback what is clipped and encoded is the update with what earlier messages left out added to it.
 
         Args:
             broadcast: The server's message.
@@ -190,6 +161,7 @@ class Client:
         place = (self.shard.client_id, received.phase, received.round)
         if self.shares is not None:
             return self._shared_out(received, digest, self.shares, on_step)
+        received = replace(received, params_D=received_params(received, self.downlink), packed=None)
         part = sharing.part(received.round)
         delta_D = self.trainer.run(
             self._start(received.params_D, own),
@@ -198,15 +170,29 @@ class Client:
             on_step,
             self._work(received, own, part.active),
         )
-        update = self._bounded(part.sent.take(delta_D), received.terms)
-        rounding = self.holder.stream("encode", *place, digest)
-        encoded = self.codec.encode(update.delta_D * np.float32(self.weight), rounding)
+        codec = self._codec(received, part.sent)
+        update, given_M = self._given(part.sent, delta_D, own, received.terms)
+        encoded = codec.encode(given_M, self.holder.stream("encode", *place, digest))
         if self.event is not None:
             self.holder.charge(*place, digest, self.event)
-        self._keep(received, own, delta_D, update)
-        return encoded
+        sent = _Sent(received=received, own=own, delta_D=delta_D, update=update, given_M=given_M, digest=digest)
+        if codec.properties.second_pass:
+            return Answer(encoded=encoded, codec=codec, go_on=partial(self._second, codec, sent))
+        self._keep(sent, codec, encoded)
+        return Answer(encoded=encoded, codec=codec)
 
-    def _shared_out(self, received: Broadcast, digest: str, shares: Shares, on_step: StepDone) -> Encoded:
+    def _second(self, first: Codec, sent: _Sent, message: bytes) -> Answer:
+        """Return the answer of a codec's second pass, on the update of the first; it was charged before that."""
+        received = sent.received
+        told = Interim.from_bytes(message, phase=received.phase, round_number=received.round)
+        codec = second_codec(first, told.values, sent.given_M.size)
+        place = (self.shard.client_id, received.phase, received.round)
+        again = hashlib.sha256(sent.digest.encode() + message).hexdigest()
+        encoded = codec.encode(sent.given_M, self.holder.stream("encode", *place, again))
+        self._keep(sent, codec, encoded)
+        return Answer(encoded=encoded, codec=codec)
+
+    def _shared_out(self, received: Broadcast, digest: str, shares: Shares, on_step: StepDone) -> Answer:
         """Return the client's residues, its share of the noise in them, charged at what ``n_min`` survivors give."""
         if self.event is None:
             raise ClientError("This client's share of the noise has no charge to go with it: nothing was sent.")
@@ -215,7 +201,28 @@ class Client:
         vector_D = shares.vector(self.trainer, received.params_D, self.shard, training, on_step)
         encoded = shares.encode(vector_D, received.run_id, received.round, self.holder.stream("share", *place, digest))
         self.holder.charge(*place, digest, self.event)
-        return encoded
+        return Answer(encoded=encoded, codec=self.codec)
+
+    def _codec(self, received: Broadcast, sent: Selection) -> Codec:
+        """Return the codec of the round."""
+        place = Place(seed=self.seed, run_id=received.run_id, phase=received.phase, round=received.round)
+        return codec_at(self.codec, place, sent, received.codec)
+
+    def _given(
+        self, sent: Selection, delta_D: Float32, own: Mapping[str, Float32], terms: Terms
+    ) -> tuple[Update, Float32]:
+        """Return the update, bounded where it has to be, and what is given to the codec [M].
+
+        With error feedback the *corrected* vector is what is bounded; weights are 1 wherever anything is.
+        """
+        delta_M = sent.take(delta_D)
+        update = self._bounded(delta_M, terms)
+        weighted_M = update.delta_D * np.float32(self.weight)
+        residual_M = own.get(residual_name(sent))
+        if residual_M is None:
+            return update, weighted_M
+        corrected_M = corrected(delta_M * np.float32(self.weight), residual_M)
+        return update, self._bounded(corrected_M, terms).delta_D
 
     def _own(self, round_number: int, start_D: Float32 | None) -> dict[str, Float32]:
         """Return what the client keeps, as it was before a round."""
@@ -227,12 +234,13 @@ class Client:
         return own
 
     def _start(self, shared_S: Float32, own: Mapping[str, Float32]) -> Float32:
-        return self.sharing.merged(shared_S, own.get(PERSONAL))
+        start_D = self.sharing.merged(shared_S, own.get(PERSONAL))
+        return start_D if self.support is None else start_D * self.support.mask_D
 
     def _work(self, received: Broadcast, own: Mapping[str, Float32], active: frozenset[str] | None) -> Work:
         control_S = received.carried.get(CONTROL)
         if not self.sharing.rule.variates or control_S is None:
-            return Work(active=active, frozen=received.carried)
+            return Work(active=active, frozen=received.carried, support=self.support.by_name if self.support else {})
         correction_S = control_S - own.get(CONTROL, np.zeros_like(control_S))
         return Work(
             active=active,
@@ -240,13 +248,16 @@ class Client:
             correction_D=self.sharing.merged(correction_S, np.zeros(self.sharing.personal.size, dtype=np.float32)),
         )
 
-    def _keep(self, received: Broadcast, own: Mapping[str, Float32], delta_D: Float32, update: Update) -> None:
+    def _keep(self, sent: _Sent, codec: Codec, encoded: Encoded) -> None:
         """Write what stays with the client; what it sends is on its way only after this."""
         if self.store is None:
             return
-        kept: dict[str, Float32] = {}
+        received, own, update = sent.received, sent.own, sent.update
+        kept = residuals(own)
+        if codec.properties.stateful:
+            kept[residual_name(self.sharing.part(received.round).sent)] = residual(codec, sent.given_M, encoded)
         if self.sharing.personal.size:
-            kept[PERSONAL] = self.sharing.personal.take(self._start(received.params_D, own) + delta_D)
+            kept[PERSONAL] = self.sharing.personal.take(self._start(received.params_D, own) + sent.delta_D)
         if self.sharing.rule.variates:
             control_S = received.carried[CONTROL]
             change_S = variate_change(control_S, update.delta_D[: control_S.size], self.sharing.rates_S)
@@ -264,6 +275,25 @@ class Client:
             l2_bound=bound,
             weight=self.weight,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sent:
+    """What a client holds of a round from its training to its last message.
+
+    Attributes:
+        received: The broadcast, its parameters decoded.
+        own: What the client kept before the round.
+        given_M: What was given to the codec.
+        digest: Of everything that the round depends on beside the data.
+    """
+
+    received: Broadcast
+    own: Mapping[str, Float32] = field(repr=False)
+    delta_D: Float32 = field(repr=False)
+    update: Update
+    given_M: Float32 = field(repr=False)
+    digest: str
 
 
 def _digest(broadcast: bytes, own: Mapping[str, Float32]) -> str:

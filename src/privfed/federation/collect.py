@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.compression.message import signed_values, to_bytes
+from privfed.compression import Codec
+from privfed.compression.message import read, to_bytes
 from privfed.errors import ConfigError, ProtocolError, ThresholdError
 from privfed.secagg import ClientSession, Identity, Requirements, ServerSession, SessionParams
 from privfed.types import Encoded, EncodedSum
@@ -57,14 +58,14 @@ class PlainLink:
     """No masking: the server reads each message and adds its values.
 
     Args:
-        codec: Name of the codec.
-        length: Number of values.
+        codec: The codec of the round: it says what a message must look like, and decodes one where that comes first.
+        length: D, the number of values that each client gave to the codec.
         keep: Whether to keep each message's values beside their sum.
         record: Told each message that was added.
     """
 
     def __init__(
-        self, codec: str, length: int, *, keep: bool = False, record: Callable[[bytes], None] | None = None
+        self, codec: Codec, length: int, *, keep: bool = False, record: Callable[[bytes], None] | None = None
     ) -> None:
         self._codec = codec
         self._length = length
@@ -105,7 +106,7 @@ class PlainLink:
     def _encoded(self, values: NDArray[np.float64] | NDArray[np.int64], survivors: int, weight: float) -> EncodedSum:
         return EncodedSum(
             sum_M=values,
-            codec=self._codec,
+            codec=self._codec.name,
             scale=self._scale,
             length=self._length,
             survivors=survivors,
@@ -114,17 +115,17 @@ class PlainLink:
 
     def _receive(self, message: bytes) -> None:
         self._bytes += len(message)
-        client_id, weight, scale, values = signed_values(message, length=self._length)
+        got = read(message, length=self._length, codec=self._codec)
         if self._sum is None:
-            self._sum, self._scale = values.copy(), scale
-        elif scale != self._scale or values.dtype != self._sum.dtype:
-            raise ProtocolError(f"{client_id} encoded in another way than the others: the sum would mean nothing.")
+            self._sum, self._scale = got.values.copy(), got.scale
+        elif got.scale != self._scale or got.values.dtype != self._sum.dtype:
+            raise ProtocolError(f"{got.client_id} encoded in another way than the others: the sum would mean nothing.")
         else:
-            self._sum += values
+            self._sum += got.values
         if self._keep:
-            self._single.append(self._encoded(values, 1, weight))
-        self._weight += weight
-        self._survivors.append(client_id)
+            self._single.append(self._encoded(got.values, 1, got.weight))
+        self._weight += got.weight
+        self._survivors.append(got.client_id)
         if self._record:
             self._record(message)
 
@@ -139,7 +140,8 @@ class MaskedLink:
         round_id: Unique for the round; bound into every message.
         config_digest: Bound into every message.
         codec: Name of the codec.
-        length: D.
+        length: D, the number of values that each client gave to the codec.
+        values: The number of values that it made of them; None for D as well.
         weighted: Whether a masked weight travels beside the values.
         ring_bits: Size of the ring.
 
@@ -158,14 +160,16 @@ class MaskedLink:
         length: int,
         weighted: bool,
         ring_bits: int,
+        values: int | None = None,
     ) -> None:
         self._digits = _WeightDigits(len(identities), ring_bits) if weighted else None
+        self._values = length if values is None else values
         params = SessionParams.plan(
             {client: identity.public for client, identity in identities.items()},
             requirements,
             round_id=round_id,
             config_digest=config_digest,
-            length=length + (self._digits.count if self._digits else 0),
+            length=self._values + (self._digits.count if self._digits else 0),
             ring_bits=ring_bits,
         )
         self._server = ServerSession(params)
@@ -218,8 +222,8 @@ class MaskedLink:
         sum_M, names = self._server.sum()
         weight = float(len(names))
         if self._digits:
-            weight = self._digits.join(sum_M[self._length :])
-            sum_M = sum_M[: self._length]
+            weight = self._digits.join(sum_M[self._values :])
+            sum_M = sum_M[: self._values]
         total = EncodedSum(
             sum_M=sum_M.astype(np.uint64),
             codec=self._codec,

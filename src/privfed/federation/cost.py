@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from privfed.compression import Ring, plugin_of
+from privfed.compression.state import round_context
 from privfed.config import RunConfig
 from privfed.errors import ConfigError
 from privfed.federation.collect import weight_values
@@ -30,7 +32,8 @@ def run_cost(config: RunConfig, *, length: int | None = None) -> dict[str, Any]:
         raise ConfigError('secagg.name = "none": there is no masked sum to cost; set secagg.name = "masked".')
     cohort, values = _cohort_and_length(config, length)
     ring_bits, requirements = config.ring_bits(cohort), config.secagg.requirements()
-    masked = values + (weight_values(cohort, ring_bits) if config.server.weighting == "examples" else 0)
+    sent = _encoded(config, cohort, ring_bits, values)
+    masked = sent + (weight_values(cohort, ring_bits) if config.server.weighting == "examples" else 0)
     whole = [
         grouped(cohort, cohort, requirements, length=masked, ring_bits=ring_bits, dropped=dropped)
         for dropped in (0.0, config.secagg.dropped)
@@ -42,12 +45,29 @@ def run_cost(config: RunConfig, *, length: int | None = None) -> dict[str, Any]:
     return {
         "clients": cohort,
         "values": values,
+        "sent_values": sent,
         "ring_bits": ring_bits,
         "nobody_dropped": asdict(whole[0]),
         "most_dropped": asdict(whole[1]),
         "in_groups": [asdict(one) for one in larger],
-        "lines": [*_own(config, whole, values), *_larger(larger)],
+        "lines": [*_own(config, whole, sent), *_larger(larger)],
     }
+
+
+def _encoded(config: RunConfig, cohort: int, ring_bits: int, length: int) -> int:
+    """Return how many values of the ring a client sends for an update of ``length``.
+
+    Raises:
+        ConfigError: If that depends on more than the length.
+    """
+    plugin = plugin_of(config.compression)
+    codec = plugin.build(config.compression, Ring(bits=ring_bits, clients=cohort))
+    if codec.properties.second_pass:
+        raise ConfigError(
+            f"compression.name = {codec.name!r} sends two sums, whose lengths follow from the shapes of the trained "
+            "tensors: a round of it is not costed; metrics.jsonl says what one took."
+        )
+    return codec.at(round_context(b"", 1, shapes=((length,),))).wire(length).values
 
 
 def _cohort_and_length(config: RunConfig, length: int | None) -> tuple[int, int]:

@@ -51,11 +51,14 @@ class Work:
         frozen: Values to set by name before training, of tensors that are not trained.
         correction_D: Added to each step's gradient, after clipping and noise where there is privacy; only where all
             tensors are trained.
+        support: By name, 1 where a tensor is trained and 0 where it stands still; tensors that are not named are
+            trained. It must not depend on data.
     """
 
     active: frozenset[str] | None = None
     frozen: Mapping[str, Float32] = field(default_factory=dict, repr=False)
     correction_D: Float32 | None = field(default=None, repr=False)
+    support: Mapping[str, Float32] = field(default_factory=dict, repr=False)
 
 
 class LocalTrainer:
@@ -177,12 +180,17 @@ class LocalTrainer:
     def _nudges(self, work: Work) -> Callable[[], None]:
         """Return what adds the proximal term (FedProx, arXiv 1812.06127) and the correction to the gradients.
 
+        Where the support is 0 they are then set to 0: noise that they had there is thrown away.
+
         The module holds the round's start when this is called.
         """
         mu, correction_D = self.config.proximal_mu, work.correction_D
-        if not mu and correction_D is None:
+        if not mu and correction_D is None and not work.support:
             return lambda: None
         active = trained(self.module)
+        support = {
+            name: torch.from_numpy(work.support[name]).to(p.device) for name, p in active if name in work.support
+        }
         start = {name: parameter.detach().clone() for name, parameter in active} if mu else {}
         extra: dict[str, torch.Tensor] = {}
         if correction_D is not None:
@@ -197,6 +205,8 @@ class LocalTrainer:
                     parameter.grad.add_(parameter.detach() - start[name], alpha=mu)
                 if name in extra:
                     parameter.grad.add_(extra[name])
+                if name in support:
+                    parameter.grad.mul_(support[name])
 
         return nudge
 

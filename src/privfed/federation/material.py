@@ -15,6 +15,7 @@ from privfed.errors import ConfigError, DataError
 from privfed.federation.phases import phase_plans, phases
 from privfed.models import resolve
 from privfed.privacy.plan import PhasePlan, Plan, make_plan
+from privfed.rules import check_cohort
 from privfed.tuning import check as check_tuning
 from privfed.types import Shard
 
@@ -72,6 +73,7 @@ def gather(config: RunConfig) -> Material:
     cohort = config.server.cohort_size
     if cohort is not None and cohort > len(shards):
         raise ConfigError(f"server.cohort_size = {cohort}, but the partition has {len(shards)} clients: lower it.")
+    _check_cohort(config, cohort or len(shards))
     if config.secagg.name == "masked" and len(shards) < 2:
         raise ConfigError('A masked sum needs two clients and the partition has one: set secagg.name = "none".')
     _check_batches(config, shards)
@@ -103,8 +105,14 @@ def plan_privacy(config: RunConfig, material: Material, lengths: Mapping[str, in
             "releasing one of them in full would satisfy it, so the guarantee is meaningless; lower it.",
             stacklevel=2,
         )
-    masked = config.secagg.name == "masked"
-    return make_plan(config.privacy, plans(config, material, lengths), masked=masked)
+    return make_plan(config.privacy, plans(config, material, lengths), masks=config.secagg.masks())
+
+
+def _check_cohort(config: RunConfig, clients: int) -> None:
+    try:
+        check_cohort(config.server, clients)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
 
 
 def _check_batches(config: RunConfig, shards: tuple[Shard, ...]) -> None:

@@ -20,21 +20,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.compression import Codec
-from privfed.compression.fixed_point import from_ring
+from privfed.compression.message import sum_of_one
 from privfed.errors import ConfigError
+from privfed.federation.client import Answer
+from privfed.federation.codecs import decoded_alone
 from privfed.federation.local import LocalTrainer
 from privfed.federation.pairs import read_named
 from privfed.federation.sharing import Sharing
 from privfed.federation.state import ServerState, tensors_of
 from privfed.rules import Pair
 from privfed.rules.factors import a_of, b_of
-from privfed.types import Encoded, EncodedSum, Float32
+from privfed.types import Float32
 
 NOTE = "Simulation only: computed from single clients' updates without noise. Not part of the release."
 Deviation = Callable[[int], float | None]
@@ -61,33 +61,30 @@ class Meter:
 
     Args:
         sharing: The rule and its tensors.
-        codec: Reads what clients sent.
         frozen: Every pair's factors that are not trained, by name; carried ones come with the round.
         deviation: Maps a client's number of examples to the noise on a value of its update; None where they add none.
-        central: The noise on a value of the average, where the server adds it; else 0.
+        central: The noise on a value of the average, where the server adds it; else 0. None where it is not known.
     """
 
     sharing: Sharing
-    codec: Codec
     frozen: Mapping[str, Float32]
     deviation: Deviation | None
-    central: float
+    central: float | None
     _sums: dict[Pair, list[NDArray[np.float64]]] = field(default_factory=dict)
     _weight: float = 0.0
     _variance: float | None = 0.0
 
-    def sent(self, state: ServerState, encoded: Encoded, weight: float, size: int, *, masked: bool) -> None:
-        """Take in one client's message as it was before masking.
+    def sent(self, state: ServerState, answer: Answer, weight: float, size: int) -> None:
+        """Take in what one client's message, before masking, stands for by itself.
 
         Args:
-            state: The state that was broadcast.
-            encoded: The message.
+            state: The state that clients trained from.
+            answer: The client's (last) message, with its codec.
             weight: The client's aggregation weight, by which the values are multiplied.
             size: Its number of examples.
-            masked: Whether the values are residues of the ring.
         """
         part = self.sharing.part(state.round + 1).sent
-        delta_M = self.codec.decode_sum(alone(encoded, masked=masked)) / weight
+        delta_M = decoded_alone(answer.codec, sum_of_one(answer.encoded, answer.codec)) / weight
         params_D = part.put(state.params_D, (part.take(state.params_D) + delta_M).astype(np.float32))
         self.add(params_D, state.carried, weight, size)
 
@@ -134,7 +131,7 @@ class Meter:
         ]
         if not sizes:
             return 0.0
-        if self._variance is None:
+        if self._variance is None or self.central is None:
             return None
         variance = self.central**2 + self._variance / self._weight**2
         return math.sqrt(sum(sizes)) * variance
@@ -145,25 +142,13 @@ class Meter:
         return [pair for pair in self.sharing.pairs if not {pair.a, pair.b, pair.core} & personal]
 
 
-def alone(encoded: Encoded, *, masked: bool) -> EncodedSum:
-    """Return one message as a sum of one, which the codec decodes."""
-    values: Any = encoded.values_M.astype(np.float64)
-    if encoded.values_M.dtype != np.float32:
-        ring = encoded.values_M.astype(np.uint64)
-        values = ring if masked else from_ring(ring, encoded.num_bits)
-    return EncodedSum(
-        sum_M=values, codec=encoded.codec, scale=encoded.scale, length=encoded.length, survivors=1, total_weight=1.0
-    )
-
-
-def make_meter(sharing: Sharing, codec: Codec, trainer: LocalTrainer, central: float) -> Callable[[], Meter]:
+def make_meter(sharing: Sharing, trainer: LocalTrainer, central: float | None) -> Callable[[], Meter]:
     """Return what makes a meter for each round of a phase.
 
     Args:
         sharing: The rule and its tensors.
-        codec: Reads what clients sent.
         trainer: Its module holds the factors that are not trained, its settings say how much noise an update has.
-        central: The noise on a value of the average, where the server adds it; else 0.
+        central: The noise on a value of the average, where the server adds it; else 0. None where it is not known.
 
     Raises:
         ConfigError: If there is no pair whose factors are averaged.
@@ -173,7 +158,7 @@ def make_meter(sharing: Sharing, codec: Codec, trainer: LocalTrainer, central: f
     frozen = read_named(trainer.module, factors)
 
     def make() -> Meter:
-        return Meter(sharing=sharing, codec=codec, frozen=frozen, deviation=_deviation(trainer), central=central)
+        return Meter(sharing=sharing, frozen=frozen, deviation=_deviation(trainer), central=central)
 
     if not make().metered():
         raise ConfigError(

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from privfed.config import RunConfig
 from privfed.privacy.plan import PhasePlan, Sums
-from privfed.schedule import ClientConfig, ServerConfig
+from privfed.rules import made
+from privfed.schedule import ClientConfig, ServerConfig, rule_table
 
 WARM_START, TRAIN = "warm_start", "train"
 _DEVIATIONS = 8.0
@@ -30,10 +31,13 @@ def phases(config: RunConfig) -> list[tuple[str, ClientConfig, ServerConfig]]:
     )
     if warm.sampling_probability is not None:
         client = client.model_copy(update={"sampling_probability": warm.sampling_probability, "batch_size": None})
+    robust = made(config.server.aggregation).combines
     server = config.server.model_copy(
         update={
-            "aggregation": "fedavg",  # the head has no factors, and is shared while it is warmed up
+            # the head has no factors, and is shared while it is warmed up
+            "aggregation": config.server.aggregation if robust else rule_table("fedavg"),
             "personal": [],
+            "ranks": [],
             "meter": False,
             "optimizer": warm.server_optimizer,
             "learning_rate": warm.server_learning_rate,

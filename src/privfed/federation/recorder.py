@@ -92,11 +92,19 @@ class Recorder:
     facts: PhaseFacts
     _round: int = 0
     _broadcast: bytes = field(default=b"", repr=False)
+    _params: bytes | None = field(default=None, repr=False)
     _messages: list[bytes] = field(default_factory=list, repr=False)
 
-    def opened(self, round_number: int, broadcast: bytes) -> None:
-        """Note a round's broadcast; whatever an earlier attempt at the round left is forgotten."""
+    def opened(self, round_number: int, broadcast: bytes, params_S: Float32 | None = None) -> None:
+        """Note a round's broadcast; whatever an earlier attempt at the round left is forgotten.
+
+        Args:
+            round_number: The round.
+            broadcast: What every client of it is sent.
+            params_S: The shared parameters that clients decode from it, where they are encoded.
+        """
         self._round, self._broadcast, self._messages = round_number, broadcast, []
+        self._params = None if params_S is None else params_S.astype("<f4").tobytes()
 
     def message(self, message: bytes) -> None:
         """Note the message of one client, as the server received it."""
@@ -123,6 +131,7 @@ class Recorder:
         found: dict[str, Any] = {
             "round": self._round,
             "broadcast": self._broadcast,
+            "params": self._params,
             "messages": self._messages,
             "sent": packed_layout(sent),
             "total": None if total is None else _packed_sum(total),
@@ -131,7 +140,7 @@ class Recorder:
             "lost": lost,
         }
         self._write(round_name(self._round), found)
-        self._broadcast, self._messages = b"", []
+        self._broadcast, self._params, self._messages = b"", None, []
 
     def released(self, round_number: int, params_S: Float32, carried: Mapping[str, Float32]) -> None:
         """Write what the phase ended with."""

@@ -5,20 +5,32 @@ Shape suffixes: D trained values, M values sent in the round.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.compression import Codec
-from privfed.errors import BudgetExceededError, ConfigError, LedgerError, ThresholdError
-from privfed.federation.client import Broadcast, Client, Holder
+from privfed.compression import Codec, CodecState
+from privfed.errors import RoundError
+from privfed.federation.client import Client, Holder
+from privfed.federation.codecs import (
+    Downlink,
+    Place,
+    between,
+    bound_of,
+    codec_at,
+    decoded_alone,
+    second_codec,
+    state_of,
+    with_state,
+)
 from privfed.federation.cohort import balanced_cohort, poisson_cohort
-from privfed.federation.collect import Collected, Link, MaskedLink, PlainLink
+from privfed.federation.collect import Collected
 from privfed.federation.distributed import Shares
+from privfed.federation.exchange import Exchange
+from privfed.federation.messages import Broadcast, Interim
 from privfed.federation.meter import Meter, MeterReading
 from privfed.federation.personal import PersonalStore
 from privfed.federation.progress import Progress
@@ -43,6 +55,7 @@ class Phase:
         identities: The clients' signing keys, whose public halves are the roster that every round pins.
         central: The mechanism of client-level privacy, at a trusted server, or None.
         shares: Noise that clients add in shares, or None.
+        downlink: How the broadcast's parameters are encoded, or None.
         recorder: Writes down what goes over the wire, where the run is recorded.
     """
 
@@ -63,6 +76,7 @@ class Phase:
     seed: int
     config_digest: str
     shares: Shares | None = None
+    downlink: Downlink | None = None
     recorder: Recorder | None = None
 
     @property
@@ -71,7 +85,7 @@ class Phase:
         return self.sharing.layout
 
     def message_size(self, round_number: int) -> int:
-        """Return M: the values sent in a round, and what the mechanism sends behind them."""
+        """Return the values given to the codec in a round: those sent, and what the mechanism sends behind them."""
         if self.shares is not None:
             return self.shares.params.encoded_length
         return self.sharing.part(round_number).sent.size + (self.central.extra if self.central else 0)
@@ -103,17 +117,6 @@ class RoundReport:
     terms: Terms
 
 
-@dataclass(slots=True)
-class _Tally:
-    """Running figures of one round."""
-
-    meter: Meter | None
-    dropped: list[tuple[str, str]] = field(default_factory=list)
-    saturated: int = 0
-    train_seconds: float = 0.0
-    link_seconds: float = 0.0
-
-
 def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progress) -> tuple[ServerState, RoundReport]:
     """Return the state after the next round and what happened in it.
 
@@ -127,30 +130,29 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
     number = state.round + 1
     cohort = _cohort(state, phase, holder)
     progress.round_started(phase.plan.name, number, phase.plan.rounds, len(cohort))
-    terms = phase.central.terms(state.mechanism) if phase.central else ()
-    broadcast = Broadcast(
-        run_id=holder.run_id,
-        phase=phase.plan.name,
-        round=number,
-        layout_digest=phase.layout.digest,
-        params_D=phase.sharing.shared.take(state.params_D),
-        carried=state.carried,
-        terms=terms,
-    ).to_bytes()
-    tally = _Tally(meter=phase.meter() if phase.meter else None)
+    place = Place(seed=phase.seed, run_id=holder.run_id, phase=phase.plan.name, round=number)
+    broadcast, given = _broadcast(state, phase, place)
+    sent = broadcast.to_bytes()
     if phase.recorder:
-        phase.recorder.opened(number, broadcast)
-    collected, lost = _exchange(cohort, broadcast, state, phase, holder, progress, tally)
-    release = _release(collected, phase, holder, state.mechanism, number, broadcast, lost)
-    mean_M = release.mean_D
-    after = _advance(replace(state, mechanism=release.memory), mean_M, collected, phase)
+        phase.recorder.opened(number, sent, phase.sharing.shared.take(given.params_D) if phase.downlink else None)
+    exchange = Exchange(
+        phase=phase,
+        holder=holder,
+        progress=progress,
+        given=given,
+        broadcast=sent,
+        meter=phase.meter() if phase.meter else None,
+    )
+    codec = codec_at(phase.codec, place, phase.sharing.part(number).sent, broadcast.codec)
+    done = _combined(_gathered(exchange, cohort, codec), phase)
+    after = _advance(replace(state, mechanism=done.memory), given, done, phase)
     if phase.recorder:
         phase.recorder.closed(
             sent=phase.sharing.part(number).sent.layout,
-            total=collected.total if phase.masked else None,
-            survivors=collected.survivors,
-            mean_M=None if phase.central else mean_M,
-            lost=release.lost,
+            total=done.collected.total if phase.masked else None,
+            survivors=done.collected.survivors,
+            mean_M=None if phase.central else done.mean_M,
+            lost=done.lost,
         )
     if phase.central is None:  # whom Poisson sampling chose is nobody's business, and nothing depends on it
         taken = {**state.taken, **{client: state.taken.get(client, 0) + 1 for client in cohort}}
@@ -159,22 +161,45 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         phase=phase.plan.name,
         round=number,
         cohort=len(cohort),
-        survivors=len(collected.survivors),
-        dropped=tuple(tally.dropped),
-        lost=release.lost,
+        survivors=len(done.collected.survivors),
+        dropped=tuple(exchange.dropped),
+        lost=done.lost,
         seconds={
             "total": time.perf_counter() - started,
-            "train": tally.train_seconds,
-            "secagg": tally.link_seconds,
+            "train": exchange.train_seconds,
+            "secagg": exchange.link_seconds,
         },
-        bytes_up=collected.bytes_up,
-        bytes_down=collected.bytes_down + len(broadcast) * len(cohort),
-        update_norm=0.0 if mean_M is None else float(np.linalg.norm(mean_M)),
-        saturated=None if phase.central or phase.shares else tally.saturated,
-        meter=tally.meter.read(number) if tally.meter and not release.lost else None,
-        terms=terms,
+        bytes_up=done.collected.bytes_up,
+        bytes_down=done.collected.bytes_down + len(sent) * len(cohort),
+        update_norm=0.0 if done.mean_M is None else float(np.linalg.norm(done.mean_M)),
+        saturated=None if phase.central or phase.shares else exchange.saturated,
+        meter=exchange.meter.read(number) if exchange.meter and not done.lost else None,
+        terms=broadcast.terms,
     )
     return after, report
+
+
+def _broadcast(state: ServerState, phase: Phase, place: Place) -> tuple[Broadcast, ServerState]:
+    """Return what is broadcast, and the state with the parameters that clients read in it."""
+    sharing, codec = phase.sharing, phase.codec
+    params_S = sharing.shared.take(state.params_D)
+    packed, given = None, state
+    if phase.downlink is not None:
+        packed, decoded_S = phase.downlink.encode(params_S, place.run_id, place.phase, place.round)
+        given = replace(state, params_D=sharing.shared.put(state.params_D, decoded_S))
+    public = codec.public_state(state_of(state.codec, codec, sharing.part(place.round).sent))
+    broadcast = Broadcast(
+        run_id=place.run_id,
+        phase=place.phase,
+        round=place.round,
+        layout_digest=phase.layout.digest,
+        params_D=params_S,
+        carried=state.carried,
+        terms=phase.central.terms(state.mechanism) if phase.central else (),
+        codec=public,
+        packed=packed,
+    )
+    return broadcast, given
 
 
 def _cohort(state: ServerState, phase: Phase, holder: Holder) -> tuple[str, ...]:
@@ -187,113 +212,107 @@ def _cohort(state: ServerState, phase: Phase, holder: Holder) -> tuple[str, ...]
     return balanced_cohort(names, state.taken, plan.cohort_size, seed=phase.seed, phase=plan.name, round_number=number)
 
 
-def _exchange(
-    cohort: tuple[str, ...],
-    broadcast: bytes,
-    state: ServerState,
-    phase: Phase,
-    holder: Holder,
-    progress: Progress,
-    tally: _Tally,
-) -> tuple[Collected, str | None]:
-    """Return what the server got, and why the round is lost where it is."""
-    nothing = Collected(total=None, survivors=(), bytes_up=0, bytes_down=0)
-    if not cohort or (phase.masked and len(cohort) < 2):
-        return nothing, None if phase.central else "fewer than two clients for a masked sum"
-    try:
-        link = _link(cohort, state.round + 1, phase, holder)
-    except ConfigError as error:  # a cohort drawn at random can be too small for secagg.n_min
-        return nothing, str(error)
-    with _timed(tally):
-        link.open()
-    for client_id in cohort:
-        _serve(link, phase.clients[client_id], broadcast, state, progress, tally)
-    if phase.shares is not None:
-        refusal = phase.shares.refusal(link.sent, broadcast, state.round + 1, holder)
-        if refusal is not None:
-            return nothing, refusal
-    try:
-        with _timed(tally):
-            collected = link.close()
-    except ThresholdError as error:
-        return nothing, str(error)
-    if collected.total is None and phase.central is None:
-        return collected, "no client survived"
-    return collected, None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Done:
+    """A round after its last exchange.
+
+    Attributes:
+        mean_M: The averaged update, decoded; None for a lost round.
+        codec: The codec's state on the server.
+        deltas: (share of the average, update [M]) of each survivor, where the rule needs them.
+        memory: What the mechanism keeps.
+    """
+
+    mean_M: NDArray[np.float64] | None
+    codec: CodecState
+    deltas: Sequence[tuple[float, NDArray[np.float64]]]
+    memory: Memory
+    lost: str | None
+    collected: Collected
 
 
-def _link(cohort: tuple[str, ...], number: int, phase: Phase, holder: Holder) -> Link:
-    length = phase.message_size(number)
-    if not phase.masked:
-        return PlainLink(
-            phase.codec_name,
-            length,
-            keep=phase.sharing.rule.needs_individual,
-            record=phase.recorder.message if phase.recorder else None,
+def _gathered(exchange: Exchange, cohort: Sequence[str], codec: Codec) -> _Done:
+    """Exchange, sum, noise, average, decode: in this order, for what noise is added to is the codec's linear sum."""
+    state, phase, number = exchange.given, exchange.phase, exchange.round
+    sent, length = phase.sharing.part(number).sent, phase.message_size(number)
+    collected, lost = exchange.first(cohort, codec)
+    release = _release(exchange, codec, collected, lost, state.mechanism)
+    if codec.properties.second_pass and release.mean_D is not None:
+        told = Interim(phase=phase.plan.name, round=number, values=between(codec, release.mean_D, length))
+        codec, interim = second_codec(codec, told.values, length), told.to_bytes()
+        again, lost = exchange.second(collected.survivors, codec, interim)
+        release = _release(exchange, codec, again, lost, release.memory, interim)
+        collected = replace(
+            again,
+            bytes_up=collected.bytes_up + again.bytes_up,
+            bytes_down=collected.bytes_down + again.bytes_down,
         )
-    # a fresh nonce: keys of a round that a crash cut short never meet those of its repetition
-    label = f"{holder.run_id}/{phase.plan.name}/{number}/{time.time_ns()}"
-    return MaskedLink(
-        {client: phase.identities[client] for client in cohort},
-        requirements=phase.requirements,
-        round_id=hashlib.sha256(label.encode()).digest(),
-        config_digest=bytes.fromhex(phase.config_digest),
-        codec=phase.codec_name,
-        length=length,
-        weighted=phase.weighted,
-        ring_bits=phase.ring_bits,
+    mean_M, states = release.mean_D, state.codec
+    if mean_M is not None and phase.shares is None:
+        mean_M, after = codec.expand(mean_M, state_of(states, phase.codec, sent), sent.size)
+        states = with_state(states, after, sent)
+    return _Done(
+        mean_M=mean_M,
+        codec=states,
+        deltas=_deltas(collected, codec),
+        memory=release.memory,
+        lost=release.lost,
+        collected=collected,
     )
 
 
-def _serve(link: Link, client: Client, broadcast: bytes, state: ServerState, progress: Progress, tally: _Tally) -> None:
-    """Let one client train and send; whatever goes wrong in it drops it from the round."""
-    client_id = client.shard.client_id
-    started = time.perf_counter()
-    try:
-        encoded = client.respond(
-            broadcast, lambda step, steps: progress.step_done(client_id, step, steps), state.params_D
-        )
-        tally.train_seconds += time.perf_counter() - started
-        with _timed(tally):
-            link.send(client_id, encoded, client.weight)
-        if tally.meter:
-            masked = isinstance(link, MaskedLink)
-            tally.meter.sent(state, encoded, client.weight, len(client.shard), masked=masked)
-        tally.saturated += encoded.saturated
-    except (BudgetExceededError, LedgerError):
-        raise
-    except Exception as error:  # noqa: BLE001  (any failure of one client must cost the round only that client)
-        # under client level a message could carry a figure of the protected client: its kind has to do
-        guarded = client.mechanism is not None or client.shares is not None
-        reason = type(error).__name__ if guarded else f"{type(error).__name__}: {error}"
-        tally.dropped.append((client_id, reason))
-        progress.client_dropped(client_id, reason)
-    progress.client_done(client_id)
-
-
 def _release(
-    collected: Collected,
-    phase: Phase,
-    holder: Holder,
-    memory: Memory,
-    number: int,
-    broadcast: bytes,
-    lost: str | None,
+    exchange: Exchange, codec: Codec, collected: Collected, lost: str | None, memory: Memory, interim: bytes = b""
 ) -> Release:
-    """Return the round's averaged update; under client level noised, charged, and over a public denominator."""
-    total = collected.total
+    """Return the average of a pass's linear sum; under client level noised, charged, and over a public denominator.
+
+    Args:
+        exchange: The round.
+        codec: The codec of the pass.
+        collected: What came of it.
+        lost: Why the round is lost, where it is.
+        memory: What the mechanism keeps.
+        interim: For a second pass, what was told before it.
+    """
+    phase, number, total = exchange.phase, exchange.round, collected.total
     if phase.shares is not None:  # the clients charged, and the sum has its noise in it
-        public = None if lost or total is None else (total, collected.survivors, holder.run_id, number)
+        public = None if lost or total is None else (total, collected.survivors, exchange.holder.run_id, number)
         return Release(mean_D=phase.shares.update(*public) if public else None, memory=memory, lost=lost)
-    sum_M = np.zeros(phase.message_size(number)) if total is None else phase.codec.decode_sum(total)
+    length = phase.message_size(number)
+    sum_M = np.zeros(codec.sum_length(length)) if total is None else codec.linear_sum(total)
     if phase.central is None:
         return Release(mean_D=None if lost or total is None else sum_M / total.total_weight, memory=memory, lost=lost)
-    moment = Moment(phase=phase.plan.name, round=number, broadcast=broadcast, lost=lost)
-    return phase.central.release(None if lost else sum_M, moment, holder, memory)
+    moment = Moment(
+        phase=f"{phase.plan.name}, second pass" if interim else phase.plan.name,
+        round=number,
+        broadcast=exchange.broadcast + interim,
+        lost=lost,
+        bound=bound_of(codec, length) if phase.codec.properties.needs_context else None,
+        sums=2 if phase.codec.properties.second_pass else 1,
+        charged=bool(interim),
+    )
+    return phase.central.release(None if lost else sum_M, moment, exchange.holder, memory)
 
 
-def _advance(state: ServerState, mean_M: NDArray[np.float64] | None, collected: Collected, phase: Phase) -> ServerState:
+def _combined(done: _Done, phase: Phase) -> _Done:
+    """Return the round with what the rule makes of the single updates, where it does not take their average."""
+    rule = phase.sharing.rule
+    if done.mean_M is None or not rule.combines:
+        return done
+    updates_KM = np.stack([delta_M for _, delta_M in done.deltas])
+    updates_KM = updates_KM[np.isfinite(updates_KM).all(axis=1)]  # no honest client sends anything else
+    try:
+        reason = rule.refusal(len(updates_KM))
+        if reason is not None:
+            raise RoundError(f"{len(updates_KM)} finite updates: {reason}")
+        return replace(done, mean_M=rule.combined(updates_KM))
+    except RoundError as error:
+        return replace(done, mean_M=None, lost=str(error))
+
+
+def _advance(state: ServerState, given: ServerState, done: _Done, phase: Phase) -> ServerState:
     """Return the state one round on: the server optimiser's step, then the rule's; a lost round changes nothing."""
+    mean_M = done.mean_M
     if mean_M is None:
         return replace(state, round=state.round + 1)
     sharing, number = phase.sharing, state.round + 1
@@ -301,28 +320,16 @@ def _advance(state: ServerState, mean_M: NDArray[np.float64] | None, collected: 
     averaged = server_step(state, mean_M, phase.server, sent=sharing.part(number).sent, turns=turns)
     if sharing.rule.variates:
         # under client level who came is protected: the expected number stands for it
-        came = phase.plan.cohort_size if phase.central else len(collected.survivors)
+        came = phase.plan.cohort_size if phase.central else len(done.collected.survivors)
         averaged = variates_step(averaged, mean_M, came / phase.plan.clients, sharing)
-    return rule_step(state, averaged, _deltas(collected, phase), sharing)
+    stepped = rule_step(state, averaged, done.deltas, sharing, given.params_D)
+    return replace(stepped, codec=done.codec)
 
 
-def _deltas(collected: Collected, phase: Phase) -> list[tuple[float, NDArray[np.float64]]]:
+def _deltas(collected: Collected, codec: Codec) -> list[tuple[float, NDArray[np.float64]]]:
     """Return (share of the average, update [M]) of each survivor, where the rule needs them.
 
     Values travel multiplied by their client's weight.
     """
     whole = sum(each.total_weight for each in collected.single)
-    return [(each.total_weight / whole, phase.codec.decode_sum(each) / each.total_weight) for each in collected.single]
-
-
-class _timed:  # noqa: N801
-    """Add the body's time to the tally's link seconds."""
-
-    def __init__(self, tally: _Tally) -> None:
-        self._tally = tally
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_exc: object) -> None:
-        self._tally.link_seconds += time.perf_counter() - self._started
+    return [(each.total_weight / whole, decoded_alone(codec, each) / each.total_weight) for each in collected.single]

@@ -74,7 +74,7 @@ def notes(stage: Stage) -> tuple[str, ...]:
     """Return what a receipt has to say about the saved model."""
     sharing, found = stage.phase.sharing, []
     if sharing.rule.changes_base:
-        found.append(WHOLE_MODEL.format(rule=stage.phase.server.aggregation))
+        found.append(WHOLE_MODEL.format(rule=stage.phase.server.rule))
     if sharing.personal.size:
         names = sharing.personal.names
         shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

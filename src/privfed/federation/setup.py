@@ -13,28 +13,31 @@ from torch import nn
 from privfed.compression import CODECS, Codec, Ring
 from privfed.errors import ConfigError
 from privfed.federation.client import Client, Holder
+from privfed.federation.codecs import Downlink, Place, bound_of, codec_at
 from privfed.federation.distributed import make_shares
 from privfed.federation.fairness import Fairness, make_fairness
 from privfed.federation.local import ExampleDp, LocalTrainer, in_head
 from privfed.federation.material import Material, plans
 from privfed.federation.meter import make_meter
-from privfed.federation.pairs import check_pairs, find_pairs
+from privfed.federation.pairs import check_pairs, find_pairs, read_named
 from privfed.federation.personal import PersonalStore
 from privfed.federation.phases import TRAIN, phases
+from privfed.federation.ranks import deal_ranks
 from privfed.federation.recorder import PhaseFacts, Recorder
 from privfed.federation.roster import Roster
 from privfed.federation.round import Phase
 from privfed.federation.sharing import Sharing, share_out
+from privfed.federation.state import first_state
 from privfed.federation.workbench import Workbench, trained_lengths, trained_module
 from privfed.models.examples import Examples
 from privfed.privacy.mechanisms import AtWork, Site, built
 from privfed.privacy.mechanisms.gaussian import GaussianAtWork
 from privfed.privacy.plan import PhasePlan, Plan
-from privfed.rules import RULES
+from privfed.rules import made
 from privfed.run_config import RunConfig, largest_clip
 from privfed.schedule import ClientConfig, ServerConfig
 from privfed.secagg import Identity
-from privfed.tuning.layout import layout_of
+from privfed.tuning.layout import layout_of, read_flat
 from privfed.types import PrivacyEvent, Shard
 
 if TYPE_CHECKING:
@@ -119,9 +122,9 @@ def _sharing(
     config: RunConfig, module: nn.Module, prefix: str | None, client: ClientConfig, server: ServerConfig
 ) -> Sharing:
     """Return how the trained tensors are shared out; tensors that the server carries are frozen from here on."""
-    rule = RULES.get(server.aggregation)()
+    rule = made(server.aggregation)
     pairs = find_pairs(module) if rule.takes is not None or server.meter else ()
-    check_pairs(module, rule, pairs, server.aggregation)
+    check_pairs(module, rule, pairs, server.rule)
     carried = set(rule.carried(pairs))
     for name, parameter in module.named_parameters():
         if name in carried:
@@ -163,9 +166,12 @@ def _phase(
     ring_bits = config.ring_bits(most)
     codec = plugin.build(config.compression, Ring(bits=ring_bits, clients=most) if masked else None)
     largest = max(len(shard) for shard in material.shards)
-    central = _central(config, phase_plan, plan, codec, sharing.largest(phase_plan.rounds))
+    place = Place(seed=config.seed, run_id=holder.run_id, phase=phase_plan.name, round=1)
+    central = _central(config, phase_plan, plan, codec, sharing, place)
     shares = make_shares(config, material.shards, phase_plan, plan, sharing.layout, trainer)
-    store = _store(sharing, own)
+    store = _store(sharing, codec, own, phase_plan.name)
+    downlink = _downlink(config, sharing, trainer)
+    supports = deal_ranks(server.ranks, material.shards, sharing.layout, trainer.module)
 
     def client(shard: Shard) -> Client:
         return Client(
@@ -179,6 +185,9 @@ def _phase(
             shares=shares,
             mechanism=central,
             weight=_weight(len(shard), largest) if config.server.weighting == "examples" else 1.0,
+            seed=config.seed,
+            downlink=downlink,
+            support=supports.get(shard.client_id),
         )
 
     return Phase(
@@ -196,9 +205,10 @@ def _phase(
         weighted=config.server.weighting == "examples",
         central=central,
         shares=shares,
-        meter=make_meter(sharing, codec, trainer, _noise(central, phase_plan)) if server.meter else None,
+        meter=make_meter(sharing, trainer, _noise(central, codec, phase_plan)) if server.meter else None,
         seed=config.seed,
         config_digest=config.digest(),
+        downlink=downlink,
     )
 
 
@@ -216,14 +226,18 @@ def _recorder(config: RunConfig, phase: Phase, folder: Path, plan: Plan | None, 
     return Recorder(folder / phase.plan.name, facts)
 
 
-def _noise(central: AtWork | None, phase: PhasePlan) -> float:
-    """Return the standard deviation of the server's noise in an average, for the meter.
+def _noise(central: AtWork | None, codec: Codec, phase: PhasePlan) -> float | None:
+    """Return the standard deviation of the server's noise in a value of an average, for the meter.
+
+    None where the codec does something with a noised sum before values come of it.
 
     Raises:
         ConfigError: If the noise is not independent from round to round.
     """
     if central is None:
         return 0.0
+    if codec.properties.needs_context or not codec.properties.linear:
+        return None
     if not isinstance(central, GaussianAtWork):
         raise ConfigError(
             'server.meter with client-level privacy reads independent noise: use privacy.mechanism = "gaussian".'
@@ -231,12 +245,13 @@ def _noise(central: AtWork | None, phase: PhasePlan) -> float:
     return central.noise_multiplier * central.sensitivity / phase.cohort_size
 
 
-def _store(sharing: Sharing, own: Path | None) -> PersonalStore | None:
-    if not sharing.personal.size and not sharing.rule.variates:
+def _store(sharing: Sharing, codec: Codec, own: Path | None, phase: str) -> PersonalStore | None:
+    if not sharing.personal.size and not sharing.rule.variates and not codec.properties.stateful:
         return None
     if own is None:
         raise ConfigError("Clients of this run keep a state of their own: give a folder for it.")
-    return PersonalStore(own)
+    # rounds count from 1 in each phase: another phase's files must not be taken for this one's
+    return PersonalStore(own if phase == TRAIN else own.with_name(f"{own.name}-{phase}"))
 
 
 def _identities(material: Material, holder: Holder) -> dict[str, Identity]:
@@ -265,27 +280,44 @@ def _participation(config: RunConfig, phase: PhasePlan, client: str, plan: Plan 
     )
 
 
-def _central(config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Codec, size: int) -> AtWork | None:
+def _downlink(config: RunConfig, sharing: Sharing, trainer: LocalTrainer) -> Downlink | None:
+    """Return how broadcasts are encoded; None where parameters are sent as they are.
+
+    Changes are counted from what the configuration alone makes: the model before any training, as the rule starts it.
+    """
+    name = str(getattr(config.downlink, "name", ""))
+    if name == "identity":
+        return None
+    carried = read_named(trainer.module, sharing.carried)
+    start = first_state("start", read_flat(trainer.module), carried, sharing)
+    return Downlink(
+        codec=CODECS.get(name).build(config.downlink, None),
+        layout=sharing.shared.layout,
+        start_S=sharing.shared.take(start.params_D),
+        seed=config.seed,
+    )
+
+
+def _central(
+    config: RunConfig, phase: PhasePlan, plan: Plan | None, codec: Codec, sharing: Sharing, place: Place
+) -> AtWork | None:
     """Return the server's mechanism under client level.
 
-    One client changes the decoded sum by at most the codec's bound on its clipped update (times 2 where a client is
-    replaced, which the accountant's relation covers).
+    One client changes the codec's linear sum by at most its bound on the clipped update (times 2 where a client is
+    replaced, which the accountant's relation covers). A codec of which each round has another bound brings it with the
+    round; here it is that of a first round of the most values.
 
     Raises:
         ConfigError: If the codec gives no bound.
     """
     if plan is None or config.privacy.placed != "central":
         return None
-    name = getattr(config.compression, "name", None)
+    size = sharing.largest(phase.rounds)
+    sent = next(part for part in (sharing.part(number).sent for number in (1, 2)) if part.size == size)
+    first = codec_at(codec, place, sent, codec.public_state(codec.start_state(size)))
 
     def bound(clip: float, length: int) -> float:
-        found = codec.l2_bound(clip, length)
-        if found is None:
-            raise ConfigError(
-                f"compression.name = {name!r} gives no bound on the encoded update, "
-                'which privacy.unit = "client" needs: use compression.name = "identity".'
-            )
-        return found
+        return bound_of(first, length)(clip)
 
     site = Site(
         plan=phase,

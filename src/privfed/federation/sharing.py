@@ -174,7 +174,7 @@ def share_out(
     """
     kept = {name for pattern in patterns for name in _matches(pattern, layout, head)}
     remade = kept & {name for pair in pairs for name in (pair.a, pair.b)}
-    if remade and (rule.carried(pairs) or rule.needs_individual):
+    if remade and (rule.carried(pairs) or (rule.needs_individual and not rule.combines)):
         raise ConfigError(
             f"server.personal keeps {sorted(remade)[0]} with the clients, and the rule "
             f'{_name(rule)!r} makes it anew from all of them: leave it out, or use server.aggregation = "fedavg".'

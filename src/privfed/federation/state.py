@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from privfed.compression import CodecState
 from privfed.federation.optimizers import optimizer_step, start_of
 from privfed.federation.sharing import Selection, Sharing
 from privfed.rules import Contribution, Setting, Tensors
@@ -31,6 +32,7 @@ class ServerState:
         mechanism: What the privacy mechanism keeps, by name.
         taken: How often each client was chosen in this phase; not kept where clients are Poisson-sampled.
         carried: What is broadcast beside the shared parameters: tensors by name, and a rule's own vectors.
+        codec: What the server's side of the codec keeps, by name, for each set of tensors that is sent.
     """
 
     phase: str
@@ -40,6 +42,7 @@ class ServerState:
     mechanism: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
     taken: Mapping[str, int] = field(default_factory=dict, repr=False)
     carried: Mapping[str, Float32] = field(default_factory=dict, repr=False)
+    codec: CodecState = field(default_factory=dict, repr=False)
 
 
 def first_state(phase: str, params_D: Float32, carried: Tensors, sharing: Sharing) -> ServerState:
@@ -97,21 +100,24 @@ def rule_step(
     averaged: ServerState,
     deltas: Sequence[tuple[float, NDArray[np.float64]]],
     sharing: Sharing,
+    given_D: Float32 | None = None,
 ) -> ServerState:
     """Return ``averaged`` with what the rule does after averaging.
 
     Args:
-        before: The state that was broadcast.
+        before: The state before the round.
         averaged: After the server optimiser's step.
         deltas: (share of the average, update) of each survivor, where the rule needs them.
         sharing: The rule and its tensors.
+        given_D: The parameters that clients trained from, where a codec on the way down changed them; else None.
     """
     if not sharing.pairs:
         return averaged
     setting = Setting(pairs=sharing.pairs, seed=sharing.seed, round=averaged.round)
     sent = sharing.part(averaged.round).sent
+    start_D = before.params_D if given_D is None else given_D
     contributions = [
-        Contribution(share=share, tensors=_state_tensors(before, sharing, _moved(before.params_D, delta, sent)))
+        Contribution(share=share, tensors=_state_tensors(before, sharing, _moved(start_D, delta, sent)))
         for share, delta in deltas
     ]
     changed = sharing.rule.step(

@@ -21,10 +21,12 @@ from privfed.compression import CODECS, Codec, Ring
 from privfed.compression.message import read
 from privfed.config import RunConfig, parse_config
 from privfed.errors import ConfigError, PrivfedError, ProtocolError
-from privfed.federation.client import Broadcast
+from privfed.federation.codecs import Place, codec_at
 from privfed.federation.folder import reopen
+from privfed.federation.messages import Broadcast
 from privfed.federation.phases import phases
 from privfed.federation.recorder import DIGEST, PHASE, RELEASE, VERSION, PhaseFacts, round_name
+from privfed.federation.sharing import Selection
 from privfed.rng import experiment_seed
 from privfed.types import EncodedSum, Float32, ParamLayout
 
@@ -55,6 +57,7 @@ class RoundRecord:
     lost: str | None
     digest: str
     broadcast: bytes = field(repr=False)
+    params_S: Float32 | None = field(repr=False)
     messages: tuple[bytes, ...] = field(repr=False)
     total: EncodedSum | None = field(repr=False)
     mean_D: Float32 | None = field(repr=False)
@@ -122,7 +125,8 @@ class Transcript:
         """Return what was broadcast in a round: shared tensors by name, and what the server carries beside them."""
         facts = self._facts[record.phase]
         received = Broadcast.from_bytes(record.broadcast, size=facts.shared.size)
-        return {**_tensors(received.params_D, facts.shared), **received.carried}
+        params_S = received.params_D if record.params_S is None else record.params_S
+        return {**_tensors(params_S, facts.shared), **received.carried}
 
     def update(self, record: RoundRecord, client_id: str) -> Float32:
         """Return one client's update [D] as its message says it.
@@ -243,16 +247,22 @@ class Transcript:
             self.config.compression, None if ring is None else Ring(bits=ring[0], clients=ring[1])
         )
         found = codec.properties
-        if found.needs_context or found.server_state or found.second_pass:
+        if found.second_pass or found.server_state or not found.separable:
             raise ConfigError(
-                f"compression.name = {name!r}: its messages mean nothing without the server's state of the round, "
-                "which a transcript does not hold; use the view release."
+                f"compression.name = {name!r}: its messages mean nothing without the server's state, which a "
+                "transcript does not hold; use the view aggregate without client-level privacy, or release."
             )
-        return codec
+        facts = self._facts[record.phase]
+        place = Place(seed=self.config.seed, run_id=facts.run_id, phase=record.phase, round=record.round)
+        received = Broadcast.from_bytes(record.broadcast, size=facts.shared.size)
+        return codec_at(codec, place, Selection(record.sent, record.sent.names), received.codec)
 
     def _decoded(self, codec: Codec, total: EncodedSum, record: RoundRecord) -> Float32:
-        values: NDArray[np.float64] = codec.decode_sum(total) / total.total_weight
-        return values[: record.sent.size].astype(np.float32)
+        """Return the decoded average of a sum: the codec's additive part first, then the rest of decoding."""
+        length = self._length(record)
+        average: NDArray[np.float64] = codec.linear_sum(total) / total.total_weight
+        values_D, _ = codec.expand(average, codec.start_state(length), length)
+        return values_D[: record.sent.size].astype(np.float32)
 
 
 def _opened(path: Path) -> tuple[dict[str, Any], str]:
@@ -290,7 +300,7 @@ def _facts(path: Path) -> PhaseFacts:
 
 def _round(path: Path, phase: str) -> RoundRecord:
     content, digest = _opened(path)
-    messages, mean = tuple(content["messages"]), content["mean"]
+    messages = tuple(content["messages"])
     return RoundRecord(
         phase=phase,
         round=content["round"],
@@ -300,9 +310,10 @@ def _round(path: Path, phase: str) -> RoundRecord:
         lost=content["lost"],
         digest=digest,
         broadcast=content["broadcast"],
+        params_S=_floats(content["params"]),
         messages=messages,
         total=None if content["total"] is None else _sum(content["total"]),
-        mean_D=None if mean is None else np.frombuffer(mean, dtype="<f4").astype(np.float32),
+        mean_D=_floats(content["mean"]),
     )
 
 
@@ -335,6 +346,10 @@ def _layout(content: Sequence[Any]) -> ParamLayout:
 def _tensors(values: Float32, layout: ParamLayout) -> dict[str, Float32]:
     parts = np.split(values, np.cumsum(layout.sizes)[:-1])
     return {name: part.reshape(shape) for name, shape, part in zip(layout.names, layout.shapes, parts, strict=True)}
+
+
+def _floats(data: bytes | None) -> Float32 | None:
+    return None if data is None else np.frombuffer(data, dtype="<f4").astype(np.float32)
 
 
 def _array(data: bytes, shape: Sequence[int]) -> Float32:

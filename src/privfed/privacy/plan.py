@@ -10,6 +10,7 @@ from functools import partial
 from privfed.errors import ConfigError
 from privfed.privacy.accountant import epsilon
 from privfed.privacy.calibrate import Stage, noise_for, steps_for
+from privfed.privacy.cohorts import Masks, unmaskable
 from privfed.privacy.config import PrivacyConfig
 from privfed.privacy.mechanisms import built
 from privfed.types import EVERYONE, PrivacyEvent
@@ -98,7 +99,7 @@ class Plan:
         )
 
 
-def make_plan(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bool) -> Plan:
+def make_plan(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masks: Masks | None) -> Plan:
     """Solve for the noise (or the epsilon) of a run.
 
     Under example level a client takes part in at most ``participations`` rounds and is charged each of its local
@@ -106,8 +107,13 @@ def make_plan(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bo
     Under client level the mechanism says what a phase does to a client (``privfed.privacy.mechanisms``). Noise that
     clients add in shares is planned by ``privfed.privacy.discrete.planning``.
 
+    Args:
+        privacy: The ``[privacy]`` table.
+        phases: The phases in order.
+        masks: Which cohorts can be masked; None where rounds are not masked.
+
     Raises:
-        ConfigError: If no noise reaches the target, or rounds are too small to mask under client level.
+        ConfigError: If no noise reaches the target, or rounds cannot surely be masked under client level.
     """
     if privacy.unit == "none":
         raise ConfigError('A run with privacy.unit = "none" has nothing to plan.')
@@ -115,7 +121,7 @@ def make_plan(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bo
         from privfed.privacy.discrete.planning import make_discrete_plan  # it plans with this module's types
 
         return make_discrete_plan(privacy, phases)
-    lost = _lost_rounds(privacy, phases, masked=masked)
+    lost = _lost_rounds(privacy, phases, masks=masks)
     delta = privacy.target_delta - lost
     stages = _worst_stages(privacy, phases)
     if privacy.noise_multiplier is not None:
@@ -143,12 +149,12 @@ def make_plan(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bo
     )
 
 
-def affordable_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bool) -> int:
+def affordable_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masks: Masks | None) -> int:
     """Return how many rounds of the last phase the budget affords at the given noise multiplier.
 
     Raises:
-        ConfigError: If the configuration has no noise multiplier or no target, or so many rounds are too small to mask
-            under client level.
+        ConfigError: If the configuration has no noise multiplier or no target, or so many rounds cannot surely
+            be masked under client level.
     """
     if privacy.unit == "none" or privacy.noise_multiplier is None or privacy.target_epsilon is None:
         raise ConfigError("Rounds follow from both a noise multiplier and an epsilon: give both.")
@@ -177,7 +183,7 @@ def affordable_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, ma
     if privacy.unit == "example":
         return most * phases[-1].clients // phases[-1].cohort_size
     # fewer rounds lose less of delta, so what the most rounds lose is enough to set aside
-    lost = _lost_rounds(privacy, [*phases[:-1], replace(phases[-1], rounds=most)], masked=masked)
+    lost = _lost_rounds(privacy, [*phases[:-1], replace(phases[-1], rounds=most)], masks=masks)
     return solve(target_delta=privacy.target_delta - lost) if lost else most
 
 
@@ -219,23 +225,25 @@ def _event(privacy: PrivacyConfig, phase: PhasePlan, noise: float, probability: 
     )
 
 
-def _lost_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masked: bool) -> float:
-    """Return a bound on the probability that any round samples fewer than two clients.
+def _lost_rounds(privacy: PrivacyConfig, phases: Sequence[PhasePlan], *, masks: Masks | None) -> float:
+    """Return a bound on the probability that any round samples a cohort that cannot be masked.
 
-    A masked sum needs two. Whether such a round is lost depends on who was sampled, which the Gaussian mechanism
-    does not cover: the event's probability (with or without the protected client) is taken out of delta.
+    Whether such a round is lost depends on who was sampled, which the Gaussian mechanism does not cover: the event's
+    probability (:func:`privfed.privacy.cohorts.unmaskable`, by the union bound over rounds) is taken out of delta.
 
     Raises:
         ConfigError: If it is more than a tenth of delta.
     """
-    if privacy.unit != "client" or not masked:
+    if privacy.unit != "client" or masks is None:
         return 0.0
     mechanism = built(privacy.mechanism)
-    lost = sum(mechanism.small_cohorts(phase) for phase in phases)
+    drawn = [(phase.rounds, others) for phase in phases if (others := mechanism.others(phase)) is not None]
+    lost = sum(rounds * unmaskable(*others, masks) for rounds, others in drawn)
     if lost > LOST_ROUNDS_SHARE * privacy.target_delta:
         raise ConfigError(
-            f"With client-level sampling of {phases[-1].cohort_size} expected clients, some round has fewer than the "
-            f"two that a masked sum needs with probability {lost:.1g}, more than a tenth of target_delta = "
-            f'{privacy.target_delta:g}: raise server.cohort_size, or set secagg.name = "none".'
+            f"With client-level sampling of {phases[-1].cohort_size} expected clients, some round has a cohort of "
+            f"another size than [secagg] can mask with probability {lost:.1g}, more than a tenth of target_delta = "
+            f"{privacy.target_delta:g}: raise server.cohort_size, leave secagg.n_min unset, or set "
+            'secagg.name = "none".'
         )
     return lost

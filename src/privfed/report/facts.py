@@ -201,11 +201,13 @@ def _client_assumptions(config: RunConfig, plan: Plan) -> tuple[str, ...]:
         "Which clients drop out of a round does not depend on their data.",
         *built(config.privacy.mechanism).assumptions(),
     )
-    if plan.lost_rounds_delta:
-        return (
-            *found,
-            f"{plan.lost_rounds_delta:.1g} of delta is set aside for rounds too small to be masked.",
+    if config.secagg.name == "masked":
+        found += (
+            f"No round loses more than a share of {config.secagg.dropped:g} of its clients: whether it is then lost "
+            "could depend on one of them.",
         )
+    if plan.lost_rounds_delta:
+        found += (f"{plan.lost_rounds_delta:.1g} of delta is set aside for cohorts that cannot be masked.",)
     return found
 
 

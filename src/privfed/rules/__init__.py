@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from privfed import schedule
 from privfed.registry import Registry
 from privfed.schedule import ClientConfig, ServerConfig
+from privfed.table import Table
 from privfed.types import Float32
 
 Tensors = Mapping[str, Float32]
@@ -21,6 +26,8 @@ PERIOD = 2
 """Every rule asks for the same after so many rounds."""
 LORA_TUNINGS = frozenset({"lora", "rslora", "pissa", "federa"})
 """Tunings that train both factors of plain LoRA pairs."""
+RANKED_TUNINGS = frozenset({"lora", "rslora", "ffa_lora"})
+"""Tunings whose adapter starts as nothing, so that a part of its rank is an adapter as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +68,20 @@ class Setting:
     round: int
 
 
+class NoOptions(Table):
+    """The table of a rule that has no options."""
+
+    name: str
+
+
 class Rule:
     """What is true of a rule, and its steps; the base does what federated averaging does.
 
+    Args:
+        options: The rule's table; None for its defaults.
+
     Attributes:
+        config: The type of its table.
         needs_individual: The server has to see each client's update; a sum is not enough.
         takes: Names of the tunings it works with; None for any.
         plain_server: The server's step is averaging alone: factors are re-made each round, and a server
@@ -72,14 +89,37 @@ class Rule:
         changes_base: It changes base weights: the result is a whole model, not an adapter.
         variates: Clients keep control variates and correct their gradients by them.
         alternates: What is sent differs from round to round.
+        combines: It combines the clients' updates itself (``combined``), where others take the average.
+        coordinatewise: It compares what clients send for each value by itself, so all have to send the same ones.
+        ranks: Clients may have adapters of lower rank: an update of zeros for what a client does not train means that
+            it is as it was.
     """
 
+    config: ClassVar[type[Table]] = NoOptions
     needs_individual: ClassVar[bool] = False
     takes: ClassVar[frozenset[str] | None] = None
     plain_server: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
     variates: ClassVar[bool] = False
     alternates: ClassVar[bool] = False
+    combines: ClassVar[bool] = False
+    coordinatewise: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
+
+    def refusal(self, updates: int) -> str | None:  # noqa: ARG002
+        """Return in a clause why so many updates are too few to combine, or None where they are enough."""
+        return None
+
+    def combined(self, updates_KM: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return what stands for the average of K updates of M values; only where ``combines``.
+
+        Raises:
+            RoundError: If nothing can be made of them: the round is lost.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not combine {len(updates_KM)} updates by itself")
 
     def personal(self, pairs: Sequence[Pair]) -> frozenset[str]:  # noqa: ARG002
         """Return the names of tensors that clients train and never send."""
@@ -125,7 +165,12 @@ class Rule:
         return {}
 
 
-RULES: Registry[type[Rule]] = Registry("aggregation rule", "privfed.rules")
+RULES: Registry[type[Rule]] = schedule.RULES
+
+
+def made(options: Table) -> Rule:
+    """Return the rule that a table describes."""
+    return RULES.get(str(getattr(options, "name", "")))(options)
 
 
 def check_rule(server: ServerConfig, client: ClientConfig, *, tuning: str, unit: str, masked: bool) -> None:
@@ -142,7 +187,9 @@ def check_rule(server: ServerConfig, client: ClientConfig, *, tuning: str, unit:
         UnknownNameError: If there is no such rule.
         ValueError: A sentence that names both sides and the nearest that works.
     """
-    rule, name = RULES.get(server.aggregation), f"server.aggregation = {server.aggregation!r}"
+    rule, name = made(server.aggregation), f"server.aggregation = {server.rule!r}"
+    if rule.combines:
+        _check_combines(name, server, unit=unit, masked=masked)
     if rule.takes is not None and tuning not in rule.takes:
         known = " or ".join(f'"{each}"' for each in sorted(rule.takes))
         raise ValueError(
@@ -166,6 +213,58 @@ def check_rule(server: ServerConfig, client: ClientConfig, *, tuning: str, unit:
         )
     if rule.variates:
         _check_variates(name, server, client)
+    if server.ranks:
+        _check_ranks(name, rule, server, tuning)
+
+
+def check_cohort(server: ServerConfig, clients: int) -> None:
+    """Refuse a cohort that is too small for the rule.
+
+    Args:
+        server: The ``[server]`` table.
+        clients: Clients of a round.
+
+    Raises:
+        ValueError: A sentence that names both sides.
+    """
+    reason = made(server.aggregation).refusal(clients)
+    if reason is not None:
+        raise ValueError(f"server.aggregation = {server.rule!r} with rounds of {clients} clients: {reason}")
+
+
+def _check_combines(name: str, server: ServerConfig, *, unit: str, masked: bool) -> None:
+    """Refuse what a robust rule cannot be combined with: it reads single updates, and its result is no sum."""
+    if masked:
+        raise ValueError(
+            f'{name} compares the updates of single clients and secagg.name = "masked" shows the server their sum '
+            'only; use secagg.name = "none", or aggregation = "fedavg"'
+        )
+    if unit == "client":
+        raise ValueError(
+            f"{name} is no sum, so the clip does not bound what one client changes in it, and the noise of "
+            'privacy.unit = "client" is scaled for a sum; use privacy.unit = "example", or aggregation = "fedavg"'
+        )
+    if server.weighting != "uniform":
+        raise ValueError(
+            f'{name} counts every client once and server.weighting = "examples" would let a client that claims many '
+            'examples outweigh the others; use server.weighting = "uniform", or aggregation = "fedavg"'
+        )
+    if server.cohort_size is not None:
+        check_cohort(server, server.cohort_size)
+
+
+def _check_ranks(name: str, rule: Rule, server: ServerConfig, tuning: str) -> None:
+    if tuning not in RANKED_TUNINGS:
+        known = " or ".join(f'"{each}"' for each in sorted(RANKED_TUNINGS))
+        raise ValueError(
+            f"server.ranks = {server.ranks} with tuning.name = {tuning!r}: a part of its rank is no adapter of the "
+            f"same model; use tuning.name = {known}, or ranks = []"
+        )
+    if not rule.ranks:
+        raise ValueError(
+            f"server.ranks = {server.ranks} with {name}: it would take the zeros of what a client does not train for "
+            'its update; use aggregation = "fedavg", or ranks = []'
+        )
 
 
 def _check_variates(name: str, server: ServerConfig, client: ClientConfig) -> None:
@@ -181,4 +280,18 @@ def _check_variates(name: str, server: ServerConfig, client: ClientConfig) -> No
         )
 
 
-__all__ = ["LORA_TUNINGS", "PERIOD", "RULES", "Contribution", "Pair", "Rule", "Setting", "Tensors", "check_rule"]
+__all__ = [
+    "LORA_TUNINGS",
+    "PERIOD",
+    "RANKED_TUNINGS",
+    "RULES",
+    "Contribution",
+    "NoOptions",
+    "Pair",
+    "Rule",
+    "Setting",
+    "Tensors",
+    "check_cohort",
+    "check_rule",
+    "made",
+]

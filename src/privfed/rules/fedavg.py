@@ -13,3 +13,5 @@ from privfed.rules import RULES, Rule
 @RULES.register("fedavg")
 class FedAvg(Rule):
     """Averages; nothing else."""
+
+    ranks = True

@@ -18,6 +18,7 @@ class FedExLora(Rule):
 
     needs_individual = True
     takes = LORA_TUNINGS
+    ranks = True
     plain_server = True
     changes_base = True
 

@@ -17,6 +17,7 @@ class FedSaLora(Rule):
     """Keeps every B personal."""
 
     takes = LORA_TUNINGS
+    ranks = True
 
     def personal(self, pairs: Sequence[Pair]) -> frozenset[str]:
         """Return B's names."""

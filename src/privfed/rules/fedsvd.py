@@ -18,6 +18,7 @@ class FedSvd(Rule):
     """Carries A; clients train B."""
 
     takes = LORA_TUNINGS | {"ffa_lora"}
+    ranks = True
     plain_server = True
 
     def carried(self, pairs: Sequence[Pair]) -> tuple[str, ...]:

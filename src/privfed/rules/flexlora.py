@@ -2,7 +2,9 @@
 
 Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
 NeurIPS, arXiv 2402.11505: mean(B_i A_i) = U S V^T, cut to rank r, gives B = U S and A = V^T. Exact up to the cut; the
-products of single clients are needed. All clients have the same rank here.
+products of single clients are needed. The factors come in the order of their singular values, so with
+``server.ranks`` a client that takes the first r of them has the best approximation of its rank: the paper's
+redistribution.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ class FlexLora(Rule):
 
     needs_individual = True
     takes = LORA_TUNINGS
+    ranks = True
     plain_server = True
 
     def step(

@@ -3,7 +3,7 @@
 Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations", NeurIPS,
 arXiv 2409.05976: [p_1 B_1, ..., p_K B_K] [A_1; ...; A_K] is the exact average of the products. Each round's A is drawn
 from the run's seed as peft draws it (uniform up to 1 / sqrt(inputs)), and B starts at 0. The merged weight itself is
-broadcast rather than the stack, so a client need not have taken part before. All clients have the same rank here.
+broadcast rather than the stack, so a client need not have taken part before.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class FLora(Rule):
 
     needs_individual = True
     takes = LORA_TUNINGS
+    ranks = True
     plain_server = True
     changes_base = True
 

@@ -18,6 +18,7 @@ class RoLora(Rule):
     """Alternates the factors."""
 
     takes = LORA_TUNINGS
+    ranks = True
     alternates = True
 
     def resting(self, round_number: int, pairs: Sequence[Pair]) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -52,6 +52,10 @@ class SecAggConfig(Table):
         except ConfigError as error:
             raise ValueError(str(error).removesuffix(".")) from error
         return self
+
+    def masks(self) -> Callable[[int], bool] | None:
+        """Return which sizes of a cohort a masked sum can be taken over; None where nothing is masked."""
+        return self.requirements().met_by if self.name == "masked" else None
 
     def requirements(self) -> Requirements:
         """Return what a session has to stand."""

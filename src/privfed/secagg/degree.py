@@ -54,6 +54,11 @@ def at_most(fraction: float, n: int) -> int:
     return math.floor(fraction * n + _SLACK)
 
 
+def at_least(fraction: float, n: int) -> int:
+    """Return the smallest whole number of ``n`` clients that is not below this fraction of them."""
+    return math.ceil(fraction * n - _SLACK)
+
+
 @lru_cache(maxsize=256)
 def find_degree(
     n: int,

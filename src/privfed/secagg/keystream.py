@@ -15,10 +15,11 @@ Shape legend: M values of a vector.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -33,6 +34,7 @@ STREAMS_AT_ONCE = 64
 """Cipher contexts held open at a time; bounds memory where very many masks are removed."""
 SPAN_BYTES = 512 * 1024
 """A thread takes no less than this much of a vector: below, starting it costs more than it saves."""
+_SPANS_A_THREAD = 2
 _AES_BLOCK = 16
 _ZEROS = bytes(BLOCK_BYTES)
 _SLACK_BYTES = 15  # older releases of the library ask for a buffer one cipher block longer than the data
@@ -117,9 +119,9 @@ def spans(length: int, width: int, threads: int | None = None) -> list[tuple[int
     Args:
         length: Number of values.
         width: Bytes of a value in memory.
-        threads: Most parts; None for one per processor.
+        threads: Most parts; None for two per processor, for a thread that is slow to take the second may lose it.
     """
-    most = processors() if threads is None else threads
+    most = _SPANS_A_THREAD * processors() if threads is None else threads
     count = max(1, min(most, length * width // SPAN_BYTES))
     step = max(1, -(-length // count // _AES_BLOCK)) * _AES_BLOCK
     return [(first, min(first + step, length)) for first in range(0, length, step)]
@@ -131,19 +133,34 @@ def processors() -> int:
 
 
 def in_parallel(act: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """Return what ``act`` gives for each item, in order; threads take equal parts of them."""
-    parts = min(processors(), len(items))
-    if parts < 2:
+    """Return what ``act`` gives for each item, in order.
+
+    Threads take the next item whenever they are free, and this one as well: where the others get no processor, it does
+    all the work and waits for nobody who has not begun.
+    """
+    helpers = min(processors(), len(items)) - 1
+    if helpers < 1:
         return [act(item) for item in items]
-    cuts = [len(items) * part // parts for part in range(parts + 1)]
-    *others, own = [items[first:last] for first, last in pairwise(cuts)]
+    waiting, results = deque(range(len(items))), dict[int, _R]()
 
-    def run(part: Sequence[_T]) -> list[_R]:
-        return [act(item) for item in part]
+    def run() -> None:
+        while True:
+            try:
+                place = waiting.popleft()
+            except IndexError:  # asking beforehand would leave another thread time to take the last one
+                return
+            results[place] = act(items[place])
 
-    pending = [_pool().submit(run, part) for part in others]
-    mine = run(own)  # this thread takes a part as well: it would only wait
-    return [*(result for one in pending for result in one.result()), *mine]
+    pending = [_pool().submit(run) for _ in range(helpers)]
+    try:
+        run()
+    finally:
+        waiting.clear()
+        begun = [one for one in pending if not one.cancel()]
+        wait(begun)
+    for one in begun:
+        one.result()
+    return [results[place] for place in range(len(items))]
 
 
 @lru_cache(maxsize=1)

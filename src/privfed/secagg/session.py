@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from privfed.errors import ConfigError
-from privfed.secagg.degree import COMPLETE_UP_TO, at_most, find_degree
+from privfed.secagg.degree import COMPLETE_UP_TO, at_least, at_most, find_degree
 from privfed.secagg.frame import context_digest
 from privfed.secagg.identity import PUBLIC_BYTES
 from privfed.secagg.keys import LABEL, Scope
@@ -48,6 +48,10 @@ MAX_BINDING_BYTES = 64
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requirements:
     """What a session has to stand, as shares of its cohort; `SessionParams.plan` works out the rest.
+
+    Shares become whole clients on the safe side. The corrupt are rounded up: a tenth of all clients may well be one of
+    any five. The dropped are rounded down, which keeps ``n_min`` up; where that still leaves no honest majority of
+    survivors, one client fewer may drop. Distributed noise counts the corrupt in the same way.
 
     Attributes:
         dropped: Largest share of clients that may drop, at any stages, without losing the sum.
@@ -79,8 +83,15 @@ class Requirements:
             raise ConfigError(f"Got sigma = {self.sigma:g} and eta = {self.eta:g}; expected at least 20 and 1 bits.")
 
     def most_corrupt(self, n: int) -> int:
-        """Return how many of ``n`` clients may be corrupt."""
-        return at_most(self.corrupt, n)
+        """Return how many of ``n`` clients may be corrupt: the share of them, rounded up."""
+        return at_least(self.corrupt, n)
+
+    def met_by(self, n: int) -> bool:
+        """Return whether a cohort of ``n`` clients, which may be 0, can meet them."""
+        try:
+            return n > 1 and self.least_survivors(n) <= n
+        except ConfigError:
+            return False
 
     def least_survivors(self, n: int) -> int:
         """Return n_min for a cohort of ``n``.
@@ -94,8 +105,8 @@ class Requirements:
         safe = max((n + corrupt) // 2 + 1, corrupt + 2)
         if safe > n:
             raise ConfigError(
-                f"Of {n} clients {corrupt} may be corrupt (secagg.corrupt): the other one's vector would be the sum"
-                " less theirs; use a larger cohort or lower secagg.corrupt."
+                f"Of {n} clients {corrupt} may be corrupt (secagg.corrupt = {self.corrupt:g}): the other one's vector"
+                " would be the sum less theirs; use a larger cohort, or secagg.corrupt = 0.0 where all are trusted."
             )
         if self.n_min is None:
             return max(least, safe)

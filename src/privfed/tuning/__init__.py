@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,8 @@ class Tuning:
         check: Raises a ConfigError for options that cannot hold, without a model; may import peft.
         load: Puts what ``TunedModel.save`` wrote on a fresh base model; plain peft does for most.
         summary: One line for listings; the first line of the file's docstring where empty.
+        example: Values of the options that have no default, such as a run could give them.
+        unavailable: Why no run can use it, as a sentence; empty where one can.
     """
 
     config: type[Table]
@@ -67,9 +69,28 @@ class Tuning:
     check: Callable[[Any], None] | None = None
     load: Callable[[nn.Module, Path], nn.Module] = load_peft
     summary: str = ""
+    example: Mapping[str, Any] = field(default_factory=dict)
+    unavailable: str = ""
 
 
 TUNINGS: Registry[Tuning] = Registry("tuning", "privfed.tuning")
+
+
+def check_declared(name: str, task: str) -> None:
+    """Refuse a method that says of itself that it does not take the task, or that no run can use it.
+
+    Raises:
+        ConfigError: In a sentence.
+    """
+    plugin = TUNINGS.get(name)
+    if plugin.unavailable:
+        raise ConfigError(plugin.unavailable)
+    if task not in plugin.tasks:
+        taken = ", ".join(sorted(plugin.tasks))
+        raise ConfigError(
+            f'tuning.name = "{name}" does not work with model.task = "{task}" (it takes {taken}): choose another'
+            ' tuning, such as "ffa_lora".'
+        )
 
 
 def check(config: Table, task: str) -> None:
@@ -79,12 +100,7 @@ def check(config: Table, task: str) -> None:
         ConfigError: If the method does not take the task, or an option is unknown, of a wrong type or impossible.
     """
     name = str(getattr(config, "name", ""))
+    check_declared(name, task)
     plugin = TUNINGS.get(name)
-    if task not in plugin.tasks:
-        taken = ", ".join(sorted(plugin.tasks))
-        raise ConfigError(
-            f'tuning.name = "{name}" does not work with model.task = "{task}" (it takes {taken}): choose another'
-            ' tuning, such as "ffa_lora".'
-        )
     if plugin.check is not None:
         plugin.check(config)

@@ -91,6 +91,12 @@ METHODS: dict[str, Method] = {
 }
 
 
+NO_XLORA = (
+    'tuning.name = "xlora" mixes LoRA adapters that were trained before, and a run trains one: '
+    'use tuning.name = "lora".'
+)
+
+
 def register(kind: str, method: Method) -> None:
     """File the peft type ``kind`` under its own name."""
     named: Any = (Literal[kind], kind)
@@ -106,16 +112,11 @@ def register(kind: str, method: Method) -> None:
             apply=apply,
             linear=method.linear,
             tasks=method.tasks,
-            check=_refuse_xlora if kind == "xlora" else checker(kind),
+            check=checker(kind),
             summary=method.summary,
+            example={"token_indices": [5]} if kind == "trainable_tokens" else {},
+            unavailable=NO_XLORA if kind == "xlora" else "",
         )
-    )
-
-
-def _refuse_xlora(_table: Any) -> None:
-    raise ConfigError(
-        'tuning.name = "xlora" mixes LoRA adapters that were trained before, and a run trains one: '
-        'use tuning.name = "lora".'
     )
 
 
@@ -130,7 +131,7 @@ def _apply(kind: str, loaded: LoadedModel, given: dict[str, Any], seed: int) -> 
     from privfed.tuning.peft_options import check_options
 
     if kind == "xlora":
-        _refuse_xlora(None)
+        raise ConfigError(NO_XLORA)
     check_options(kind, given)
     task = loaded.task
     if task not in METHODS[kind].tasks:

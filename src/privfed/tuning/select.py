@@ -125,4 +125,4 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-TUNINGS.register("select")(Tuning(config=SelectConfig, apply=apply, linear=True))
+TUNINGS.register("select")(Tuning(config=SelectConfig, apply=apply, linear=True, example={"select": "bias"}))

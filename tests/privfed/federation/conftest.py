@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from privfed.federation.client import Client, Holder
@@ -15,6 +17,8 @@ from privfed.federation.progress import Silent
 from privfed.federation.round import Phase, RoundReport, run_round
 from privfed.federation.state import ServerState
 from privfed.types import Float32, Shard
+
+sys.path.insert(0, str(Path(__file__).parent))  # for by_hand
 
 
 @dataclass
@@ -123,3 +127,34 @@ def given() -> type[Given]:
 def recorded() -> type[Recorded]:
     """The trainer that keeps its update."""
     return Recorded
+
+
+@pytest.fixture
+def broadcasts(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The broadcast of each answer, as clients got it."""
+    heard: list[bytes] = []
+    respond = Client.respond
+
+    def listening(client: Client, broadcast: bytes, *rest: Any) -> Any:
+        heard.append(broadcast)
+        return respond(client, broadcast, *rest)
+
+    monkeypatch.setattr(Client, "respond", listening)
+    return heard
+
+
+@pytest.fixture
+def noised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
+    """What the server hands to the codec after noise and average: means of linear sums."""
+    seen: list[Any] = []
+    from privfed.federation import round as rounds
+
+    release = rounds._release
+
+    def watching(*args: Any) -> Any:
+        found = release(*args)
+        seen.append(found.mean_D)
+        return found
+
+    monkeypatch.setattr(rounds, "_release", watching)
+    yield seen

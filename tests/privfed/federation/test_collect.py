@@ -42,7 +42,7 @@ def _link(
     name: str, *, masked: bool, weighted: bool = False, clients: tuple[str, ...] = CLIENTS, ring: Ring = RING
 ) -> Any:
     if not masked:
-        return PlainLink(name, SIZE)
+        return PlainLink(_codec(name, masked=False), SIZE)
     return MaskedLink(
         {client: Identity.generate() for client in clients},
         requirements=Requirements(),
@@ -399,5 +399,5 @@ def test_plain_sums_of_floats_and_integers_are_refused() -> None:
     floats = _encode(_codec("identity", masked=False), _updates())
     link.send("c0", floats["c0"], 1.0)
     integers = replace(floats["c1"], values_M=floats["c1"].values_M.astype(np.uint32))
-    with pytest.raises(ProtocolError, match="another way"):
+    with pytest.raises(ProtocolError, match=r"integer values.*expected 301 32-bit float32 values"):
         link.send("c1", integers, 1.0)

@@ -29,3 +29,27 @@ def test_a_run_without_masking_has_no_such_cost(federation: Callable[..., Any]) 
     run = federation(privacy={"unit": "none"}, secagg={"name": "none"})
     with pytest.raises(ConfigError, match="there is no masked sum"):
         run_cost(run.config, length=10)
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [
+        {"name": "random_k", "density": 0.3, "inner": {"name": "stochastic_quantizer", "bits": 6}},
+        {"name": "count_sketch", "rows": 2, "columns": 50},
+        {"name": "rotated_quantizer", "bits": 4},
+    ],
+)
+def test_the_cost_of_a_codec_is_that_of_a_real_round(
+    compression: dict[str, Any], federation: Callable[..., Any]
+) -> None:
+    run = federation(privacy={"unit": "none"}, server={"cohort_size": 4}, compression=compression)
+    _, report = run.round()
+    cost = run_cost(run.config)
+    assert report.bytes_up == cost["nobody_dropped"]["server"]["bytes_up"]
+    assert any(f"{cost['sent_values']:,} values in a ring of {run.phase.ring_bits} bits" in x for x in cost["lines"])
+
+
+def test_two_passes_are_not_costed_from_a_length(federation: Callable[..., Any]) -> None:
+    run = federation(privacy={"unit": "none"}, server={"cohort_size": 4}, compression={"name": "powersgd"})
+    with pytest.raises(ConfigError, match="'powersgd' sends two sums"):
+        run_cost(run.config, length=1000)

@@ -149,7 +149,7 @@ def test_a_core_between_the_factors_is_averaged_exactly() -> None:
     layout = ParamLayout(names=("r",), shapes=((2, 2),), digest="")
     sharing = share_out(RULES.get("fedavg")(), layout, [pair], patterns=(), head=None)
     frozen = {"a": rng.standard_normal((2, 5)).astype(np.float32), "b": rng.standard_normal((4, 2)).astype(np.float32)}
-    meter = Meter(sharing=sharing, codec=None, frozen=frozen, deviation=None, central=1.0)  # type: ignore[arg-type]
+    meter = Meter(sharing=sharing, frozen=frozen, deviation=None, central=1.0)
     for _ in range(3):
         meter.add(rng.standard_normal(4).astype(np.float32), {}, 1.0, 10)
     reading = meter.read(1)

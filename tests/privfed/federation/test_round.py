@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from privfed.errors import BudgetExceededError, ClientError, ProtocolError
-from privfed.federation.client import Broadcast
+from privfed.federation.messages import Broadcast
 from privfed.federation.progress import Silent
 from privfed.federation.round import run_round
 from privfed.privacy.mechanisms import REPEATED, clip_update

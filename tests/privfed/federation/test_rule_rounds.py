@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from privfed.errors import ClientError, ConfigError, ModelError
-from privfed.federation.client import Broadcast
+from privfed.federation.messages import Broadcast
 from privfed.federation.personal import PERSONAL, PersonalStore, folder_name
 from privfed.federation.progress import Silent
 from privfed.federation.round import run_round

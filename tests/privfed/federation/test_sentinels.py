@@ -210,3 +210,16 @@ def test_a_tensor_that_stood_still_is_named() -> None:
     assert check_moved(layout, start, end, frozenset({"first.bias"})).startswith("all 3 ")
     with pytest.raises(SentinelError, match=r"first\.weight, first\.bias, last\.weight, last\.bias"):
         check_moved(layout, start, start, frozenset())
+
+
+def test_where_a_codec_leaves_values_out_one_moved_tensor_will_do() -> None:
+    module = Net()
+    layout, start = layout_of(module), read_flat(module)
+    end = start.copy()
+    end[30:35] += np.float32(1e-3)
+    sentence = check_moved(layout, start, end, frozenset(), dense=False)
+    assert sentence == "1 of 4 trained tensors with a gradient moved, as the codec sends some values only"
+    with pytest.raises(SentinelError, match=r"first\.weight, first\.bias"):
+        check_moved(layout, start, start, frozenset(), dense=False)
+    with pytest.raises(SentinelError, match=r"first\.weight, last\.weight"):
+        check_moved(layout, start, end, frozenset())

@@ -10,8 +10,9 @@ from torch import nn
 
 from privfed.compression import CODECS
 from privfed.errors import ClientError, ModelError
-from privfed.federation.client import Broadcast, Client, Holder
+from privfed.federation.client import Client, Holder
 from privfed.federation.local import ExampleDp, LocalTrainer
+from privfed.federation.messages import Broadcast
 from privfed.federation.sharing import share_out
 from privfed.models.config import ModelConfig
 from privfed.models.examples import FeatureExamples, TextExamples, losses
@@ -371,7 +372,7 @@ def test_another_broadcast_meets_other_noise_and_the_same_one_the_same(tmp_path)
             sent = Broadcast(
                 run_id="run", phase="train", round=round_number, layout_digest=layout.digest, params_D=params_D
             )
-            return client.respond(sent.to_bytes(), lambda *_: None).values_M
+            return client.respond(sent.to_bytes(), lambda *_: None).encoded.values_M
 
         first = respond(0.0)
         assert np.array_equal(first, respond(0.0))

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -7,6 +11,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
+from privfed.secagg import keystream
 from privfed.secagg.keystream import BLOCK_BYTES, SPAN_BYTES, STREAMS_AT_ONCE, apply_masks, mask_packed
 from privfed.secagg.ring import RING_BITS, pack, packed_bytes, word_type
 
@@ -80,6 +85,52 @@ def test_more_streams_than_are_open_at_once_cancel() -> None:
     assert not np.array_equal(values, np.arange(50))
     apply_masks(values, [], keys)
     assert np.array_equal(values, np.arange(50))
+
+
+@pytest.mark.parametrize("processors", [1, 2, 5])
+def test_parallel_work_is_done_once_and_in_order(monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
+    monkeypatch.setattr(keystream, "processors", lambda: processors)
+    seen: list[int] = []
+
+    def act(item: int) -> int:
+        seen.append(item)
+        return item * item
+
+    for count in (0, 1, 2, 7, 200):
+        seen.clear()
+        assert keystream.in_parallel(act, range(count)) == [item * item for item in range(count)]
+        assert sorted(seen) == list(range(count))
+
+
+@pytest.mark.parametrize("bad", [0, 3, 6])
+def test_an_error_in_any_thread_reaches_the_caller_when_nothing_runs_any_more(
+    monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    monkeypatch.setattr(keystream, "processors", lambda: 3)
+    running: set[int] = set()
+
+    def act(item: int) -> None:
+        running.add(item)
+        time.sleep(0.01)
+        running.discard(item)
+        if item == bad:
+            raise IndexError(item)
+
+    with pytest.raises(IndexError, match=str(bad)):
+        keystream.in_parallel(act, range(7))
+    assert not running
+
+
+def test_a_busy_pool_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that have other work to do leave all of it to the caller."""
+    monkeypatch.setattr(keystream, "processors", lambda: 2)
+    pool, free = ThreadPoolExecutor(max_workers=1), threading.Event()
+    monkeypatch.setattr(keystream, "_pool", lambda: pool)
+    busy = pool.submit(free.wait)
+    assert keystream.in_parallel(lambda item: threading.get_ident(), range(4)) == [threading.get_ident()] * 4
+    assert not busy.done()
+    free.set()
+    pool.shutdown()
 
 
 def test_bad_arguments_are_refused() -> None:

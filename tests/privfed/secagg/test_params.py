@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privfed.errors import ConfigError
+from privfed.privacy.discrete.params import corrupt_clients
 from privfed.secagg import ClientSession, Identity, Requirements, SessionParams
 from privfed.secagg.graph import Graph, from_bitmap, to_bitmap
 from privfed.secagg.session import degree_and_threshold
@@ -72,7 +74,7 @@ def plan(n: int, **requirements: Any) -> SessionParams:
     )
 
 
-@pytest.mark.parametrize(("n", "n_min"), [(2, 2), (3, 3), (4, 3), (5, 4), (6, 5), (10, 7), (20, 14), (300, 210)])
+@pytest.mark.parametrize(("n", "n_min"), [(3, 3), (4, 3), (5, 4), (6, 5), (10, 7), (20, 14), (300, 210)])
 def test_n_min_is_what_the_dropped_share_leaves(n: int, n_min: int) -> None:
     assert plan(n).n_min == n_min
 
@@ -87,11 +89,13 @@ def test_a_plan_is_safe_or_refused(n: int, dropped: float, corrupt: float, serve
     try:
         params = plan(n, dropped=dropped, corrupt=corrupt, server=server)
     except ConfigError:
-        assert 2 * dropped + corrupt >= 1 or int(corrupt * n + 1e-9) + 2 > n
+        assert 2 * dropped + corrupt >= 1 or math.ceil(corrupt * n - 1e-9) + 2 > n
         return
+    assert params.corrupt == math.ceil(corrupt * n - 1e-9)
     assert 2 * params.n_min > n + params.corrupt and params.n_min >= params.corrupt + 2
     assert 2 * params.quorum > n + params.corrupt and params.quorum <= params.n_min
-    assert params.n_min <= n - int(dropped * n)
+    left = n - int(dropped * n)
+    assert params.n_min == max(left, params.quorum, params.corrupt + 2) <= left + 1
     if params.degree == n - 1:  # what may drop still leaves enough shares, and no two lists give both secrets
         assert params.threshold <= params.n_min and 2 * params.threshold > n + params.corrupt
     else:
@@ -122,9 +126,32 @@ def test_an_n_min_that_is_unsafe_or_cannot_be_had_is_refused(n: int, n_min: int,
         plan(n, n_min=n_min)
 
 
-def test_a_lone_honest_client_is_refused() -> None:
-    with pytest.raises(ConfigError, match="less theirs"):
-        plan(2, dropped=0.0, corrupt=0.5)
+@pytest.mark.parametrize("corrupt", [0.5, 0.1, 0.01])
+def test_a_lone_honest_client_is_refused(corrupt: float) -> None:
+    with pytest.raises(ConfigError, match=r"less theirs.*secagg.corrupt = 0.0"):
+        plan(2, dropped=0.0, corrupt=corrupt)
+    assert plan(2, dropped=0.0, corrupt=0.0).n_min == 2
+
+
+@given(n=st.integers(2, 3000), hundredths=st.integers(0, 99))
+def test_masks_and_noise_count_the_same_corrupt_clients(n: int, hundredths: int) -> None:
+    """A share of the cohort is rounded up, on both sides, and an exact one is not one client more."""
+    corrupt = hundredths / 100
+    assert Requirements(dropped=0.0, corrupt=corrupt).most_corrupt(n) == -(-hundredths * n // 100)
+    assert corrupt_clients(n, corrupt) == -(-hundredths * n // 100)
+
+
+@given(n=st.integers(0, 200), corrupt=st.floats(0, 0.9), n_min=st.none() | st.integers(2, 60))
+def test_a_cohort_meets_the_requirements_where_a_session_of_it_can_be_planned(
+    n: int, corrupt: float, n_min: int | None
+) -> None:
+    met = Requirements(dropped=0.0, corrupt=corrupt, n_min=n_min).met_by(n)
+    try:
+        found = plan(n, dropped=0.0, corrupt=corrupt, n_min=n_min)
+    except ConfigError:
+        assert not met
+        return
+    assert met and len(found.clients) == n
 
 
 def test_small_cohorts_are_complete_and_large_ones_are_not() -> None:
@@ -133,7 +160,7 @@ def test_small_cohorts_are_complete_and_large_ones_are_not() -> None:
     assert degree == 42 and threshold > 10
     assert degree_and_threshold(100, Requirements(server="curious"))[0] == 32
     # nothing sparser stands this, and the complete graph does
-    assert degree_and_threshold(61, Requirements(dropped=0.0, corrupt=0.97))[0] == 60
+    assert degree_and_threshold(61, Requirements(dropped=0.0, corrupt=0.95))[0] == 60
 
 
 def test_a_client_outside_the_cohort_or_with_another_identity_is_refused(make_params: Any, identify: Any) -> None:

@@ -88,15 +88,20 @@ def _check_sum(server: ServerConfig, secagg: str, compression: str) -> None:
             f"server.weighting = {server.weighting!r} {with_}: what one unit adds is bounded in an unweighted sum "
             'only; use weighting = "uniform"'
         )
-    if server.aggregation != "fedavg":
+    if server.rule != "fedavg":
         raise ValueError(
-            f"server.aggregation = {server.aggregation!r} {with_} is not available: only plain sums are proved; use "
+            f"server.aggregation = {server.rule!r} {with_} is not available: only plain sums are proved; use "
             'aggregation = "fedavg", or placement = "local" or "central"'
         )
     if server.personal:
         raise ValueError(
             f"server.personal = {server.personal} {with_}: what stays with a client would get no noise; use "
             'personal = [], or placement = "local"'
+        )
+    if server.ranks:
+        raise ValueError(
+            f"server.ranks = {server.ranks} {with_}: shares of the noise are as long as the whole adapter; use "
+            'ranks = [], or placement = "local" or "central"'
         )
     if server.meter:
         raise ValueError(f"server.meter = true {with_}: it reads what single clients sent; use meter = false")

@@ -186,7 +186,7 @@ class DiscreteParams:
 
 
 def corrupt_clients(n: int, corrupt: float) -> int:
-    """Return how many of ``n`` clients may be corrupt: the fraction, rounded up."""
+    """Return how many of ``n`` clients may be corrupt: the fraction, rounded up, as secure aggregation counts them."""
     return math.ceil(corrupt * n - 1e-9)
 
 

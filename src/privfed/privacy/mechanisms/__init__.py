@@ -57,12 +57,20 @@ class Moment:
         round: The round, counted from 1.
         broadcast: What the clients were sent; all that the round depends on besides their answers.
         lost: Why there is no sum, where there is none.
+        bound: Maps the bound on a client's update to the bound on what it adds to this sum, by the codec of the round;
+            None where that is the site's.
+        sums: How many sums of the same clients the round releases, one after the other; only a mechanism with
+            ``two_sums`` is given more than one.
+        charged: Whether an earlier sum of the round was charged for this one too.
     """
 
     phase: str
     round: int
     broadcast: bytes = field(repr=False)
     lost: str | None = None
+    bound: Callable[[float], float] | None = None
+    sums: int = 1
+    charged: bool = False
 
     def digest(self, sum_M: NDArray[np.float64] | None) -> str:
         """Return the SHA-256 of all that the round's release depends on."""
@@ -157,8 +165,11 @@ class ClientMechanism(Protocol):
     def event(self, phase: PhasePlan, noise_multiplier: float, relation: Relation) -> PrivacyEvent:
         """Return the stage as an event; ``noise_multiplier`` is the run's, before the phase's own scale."""
 
-    def small_cohorts(self, phase: PhasePlan) -> float:
-        """Return a bound on the probability that some round samples fewer than two clients."""
+    def others(self, phase: PhasePlan) -> tuple[int, float] | None:
+        """Return who is Poisson-sampled in a round beside a protected client: (how many, with what probability).
+
+        None where no cohort is drawn at random. Of groups of clients it is the smallest.
+        """
 
     def running_error(self, phase: PhasePlan, noise_multiplier: float) -> float:
         """Return the noise in the model: root mean square over rounds of one value of all averages so far, over
@@ -188,6 +199,7 @@ class Mechanism:
         check: Raises ConfigError unless an event's noise multiplier follows from its parameters.
         codecs: The codecs it works with; None for all.
         correlated: Its noise spans rounds, so each round has to send the same values.
+        two_sums: It can release two sums in a round.
     """
 
     config: type[Table]
@@ -195,6 +207,7 @@ class Mechanism:
     check: Callable[[PrivacyEvent], None]
     codecs: tuple[str, ...] | None = None
     correlated: bool = False
+    two_sums: bool = False
 
 
 MECHANISMS: Registry[Mechanism] = Registry("mechanism", "privfed.privacy.mechanisms")

@@ -52,7 +52,7 @@ from privfed.privacy.mechanisms import (
     clip_update,
     committed,
 )
-from privfed.privacy.mechanisms.gaussian import PUBLIC_COUNT, at_most_one
+from privfed.privacy.mechanisms.gaussian import PUBLIC_COUNT
 from privfed.privacy.noise import gaussian_noise, on_grid
 from privfed.privacy.toeplitz import check_decreasing, inverse, optimised, prefix_error, sensitivity, square_root
 from privfed.rng import experiment_rng
@@ -72,9 +72,9 @@ class BandedConfig(Table):
     """Options.
 
     Attributes:
-        bands: Over how many rounds noise is correlated; under ``cyclic_poisson`` also the number of groups. More
-            bands cancel more noise and amplify less: ``privfed budget`` tells the error of each choice. None: 8, or
-            as many as groups of a cohort's size allow.
+        bands: Bands of C (1: independent noise); under ``cyclic_poisson`` also the number of groups. More bands cancel
+            more noise and amplify less: ``privfed budget`` tells the error of each choice. None: 8, or as many as
+            groups of a cohort's size allow.
         sampling: Who takes part; see the module.
         coefficients: ``optimized`` for prefix sums over the planned rounds, or the closed form ``square_root``.
     """
@@ -147,12 +147,11 @@ class Banded:
             parameters=tuple(sorted(told.items())),
         )
 
-    def small_cohorts(self, phase: PhasePlan) -> float:
-        """Return the probability, by the union bound over rounds, for the smallest group without one client."""
+    def others(self, phase: PhasePlan) -> tuple[int, float] | None:
+        """Return the smallest group without one client; a schedule draws nobody."""
         if not self._cyclic:
-            return 0.0
-        group = phase.clients // self.bands(phase)
-        return phase.rounds * at_most_one(group - 1, self.stage(phase).sampling_probability)
+            return None
+        return phase.clients // self.bands(phase) - 1, self.stage(phase).sampling_probability
 
     def running_error(self, phase: PhasePlan, noise_multiplier: float) -> float:
         """Return the error of sums of correlated noises."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -73,9 +73,9 @@ class Gaussian:
             relation=relation,
         )
 
-    def small_cohorts(self, phase: PhasePlan) -> float:
-        """Return the probability, by the union bound over rounds, without the protected client."""
-        return phase.rounds * at_most_one(phase.clients - 1, phase.cohort_size / phase.clients)
+    def others(self, phase: PhasePlan) -> tuple[int, float]:
+        """Return all other clients."""
+        return phase.clients - 1, phase.cohort_size / phase.clients
 
     def running_error(self, phase: PhasePlan, noise_multiplier: float) -> float:
         """Return the error of sums of independent noises."""
@@ -108,7 +108,8 @@ class GaussianAtWork:
     Attributes:
         event: What the phase costs a client; a round costs one step of it.
         clip: Bound on a client's update.
-        sensitivity: Largest change of the decoded sum when one client joins or leaves: the clip, through the codec.
+        sensitivity: Largest change of the codec's linear sum when one client joins or leaves: the clip, through the
+            codec. A round whose codec has a bound of its own brings it (``Moment.bound``).
         noise_multiplier: Standard deviation of the noise over the sensitivity.
         cohort_size: Expected clients a round: what sums are divided by.
     """
@@ -133,29 +134,28 @@ class GaussianAtWork:
         return clip_update(delta_D, self.clip), self.clip
 
     def release(self, sum_M: NDArray[np.float64] | None, moment: Moment, keeper: Keeper, memory: Memory) -> Release:
-        """Return the noised mean; a lost round releases and costs nothing."""
+        """Return the noised mean; a lost round releases and costs nothing.
+
+        A round of k sums (``moment.sums``) has noise of sqrt(k) times the multiplier on each. For the clients that were
+        sampled, k Gaussian mechanisms of multiplier sqrt(k) z, each chosen after the releases before it, are together
+        one of multiplier z (Dong, Roth and Su 2022, "Gaussian Differential Privacy", corollary 3.3); all of them see
+        the same Poisson sample, which amplifies that one as it does any (Zhu, Dong and Wang 2022, arXiv 2106.08567,
+        theorem 11). So the round costs one step, charged before its first sum; later sums are recorded with no steps,
+        for one input only as the first.
+        """
         if sum_M is None:
             return Release(mean_D=None, memory=memory, lost=moment.lost)
         digest = moment.digest(sum_M)
-        if committed(keeper, moment, digest, self.event.one_step()) != digest:
+        if committed(keeper, moment, digest, replace(self.event, steps=0 if moment.charged else 1)) != digest:
             return Release(mean_D=None, memory=memory, lost=REPEATED)
+        sensitivity = self.sensitivity if moment.bound is None else moment.bound(self.clip)
         noised_D = privatise_sum(
             sum_M,
-            standard_deviation=self.noise_multiplier * self.sensitivity,
+            standard_deviation=self.noise_multiplier * sensitivity * math.sqrt(moment.sums),
             stream=keeper.stream("noise", moment.phase, moment.round, digest),
-            sensitivity=self.sensitivity,
+            sensitivity=sensitivity,
         )
         return Release(mean_D=noised_D / self.cohort_size, memory=memory)
-
-
-def at_most_one(clients: int, probability: float) -> float:
-    """Return the probability that a Poisson sample of ``clients`` has at most one client."""
-    if clients < 2:
-        return 1.0
-    if probability >= 1:
-        return 0.0
-    nobody = math.exp(clients * math.log1p(-probability))
-    return nobody * (1 + clients * probability / (1 - probability))
 
 
 def check(event: PrivacyEvent) -> None:
@@ -172,4 +172,4 @@ def _build(options: GaussianConfig) -> Gaussian:  # noqa: ARG001
     return Gaussian()
 
 
-MECHANISMS.register("gaussian")(Mechanism(config=GaussianConfig, build=_build, check=check))
+MECHANISMS.register("gaussian")(Mechanism(config=GaussianConfig, build=_build, check=check, two_sums=True))

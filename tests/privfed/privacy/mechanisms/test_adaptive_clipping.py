@@ -88,7 +88,7 @@ def test_the_plan_costs_what_the_fixed_clip_costs(make):
     table = {"unit": "client", "noise_multiplier": 1.0}
     phase = [make.plan(probabilities={"a": 1.0})]
     plain, adaptive = (
-        make_plan(PrivacyConfig(mechanism=name, **table), phase, masked=False)
+        make_plan(PrivacyConfig(mechanism=name, **table), phase, masks=None)
         for name in ("gaussian", "adaptive_clipping")
     )
     assert plain.epsilon == adaptive.epsilon

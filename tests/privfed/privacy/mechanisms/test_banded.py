@@ -22,6 +22,12 @@ from privfed.privacy.spending import spent_so_far
 from privfed.privacy.toeplitz import inverse, prefix_error, sensitivity
 from privfed.types import EVERYONE
 
+
+def two_or_more(clients):
+    """A masked sum over any cohort of two."""
+    return clients >= 2
+
+
 BOTH = pytest.mark.parametrize("sampling", ["cyclic_poisson", "min_separation"])
 
 
@@ -88,13 +94,13 @@ def test_groups_smaller_than_a_cohort_are_refused(make):
 def test_one_band_is_dp_fedavg(make):
     phase = [make.plan(probabilities={"a": 1.0}, rounds=50)]
     plain, one = (
-        make_plan(table(mechanism=each), phase, masked=False) for each in ("gaussian", {"name": "banded", "bands": 1})
+        make_plan(table(mechanism=each), phase, masks=None) for each in ("gaussian", {"name": "banded", "bands": 1})
     )
     assert one.epsilon == plain.epsilon
 
 
 def test_cycles_are_poisson_samples_of_groups(make):
-    (event,) = make_plan(table(), [make.plan(probabilities={"a": 1.0}, rounds=10)], masked=False).events_by_client["*"]
+    (event,) = make_plan(table(), [make.plan(probabilities={"a": 1.0}, rounds=10)], masks=None).events_by_client["*"]
     assert (event.sampling_probability, event.steps, event.noise_multiplier) == (0.8, 3, 1.0)
     check_event(event)
 
@@ -206,7 +212,7 @@ def test_turns_are_paid_for_in_full_before_the_first_release(make, keeper):
 def test_what_was_spent_so_far_follows_the_charges(sampling, make):
     found = table(mechanism={"name": "banded", "bands": 4, "sampling": sampling})
     phase = make.plan(probabilities={"a": 1.0}, rounds=10)
-    whole = make_plan(found, [phase], masked=False)
+    whole = make_plan(found, [phase], masks=None)
     spent = spent_so_far(found, whole, [phase])
     course = [spent("train", number) for number in range(1, 11)]
     (event,) = whole.events_by_client["*"]
@@ -224,28 +230,26 @@ def test_noise_for_a_budget_and_rounds_for_a_budget(sampling, make):
     given = table(mechanism={"name": "banded", "bands": 4, "sampling": sampling}, noise_multiplier=None,
                   target_epsilon=4.0)  # fmt: skip
     phase = make.plan(probabilities={"a": 1.0}, rounds=40)
-    solved = make_plan(given, [phase], masked=False)
+    solved = make_plan(given, [phase], masks=None)
     assert solved.epsilon <= 4.0
     assert solved.epsilon == pytest.approx(4.0, rel=5e-3)
     both = given.model_copy(update={"noise_multiplier": solved.noise_multiplier})
-    rounds = affordable_rounds(both, [phase], masked=False)
+    rounds = affordable_rounds(both, [phase], masks=None)
     assert rounds >= 40
     fixed = table(mechanism=given.mechanism, noise_multiplier=solved.noise_multiplier)
-    assert make_plan(fixed, [replace(phase, rounds=rounds)], masked=False).epsilon <= 4.0
-    assert make_plan(fixed, [replace(phase, rounds=rounds + 5)], masked=False).epsilon > 4.0
+    assert make_plan(fixed, [replace(phase, rounds=rounds)], masks=None).epsilon <= 4.0
+    assert make_plan(fixed, [replace(phase, rounds=rounds + 5)], masks=None).epsilon > 4.0
 
 
 def test_small_groups_are_set_aside_or_refused_under_masking(make):
     """The smallest group counts, and a schedule has no small cohorts."""
     few = make.plan(probabilities={"a": 1.0}, cohort_size=4, rounds=10)
-    with pytest.raises(ConfigError, match="fewer than the two"):
-        make_plan(table(), [few], masked=True)
-    assert make_plan(table(), [few], masked=False).lost_rounds_delta == 0
+    with pytest.raises(ConfigError, match=r"than \[secagg\] can mask"):
+        make_plan(table(), [few], masks=two_or_more)
+    assert make_plan(table(), [few], masks=None).lost_rounds_delta == 0
     turns = table(mechanism={"name": "banded", "sampling": "min_separation"})
-    assert make_plan(turns, [few], masked=True).lost_rounds_delta == 0
-    assert mechanism(bands=5).small_cohorts(make.plan(clients=103)) < 1e-9
-    expected = 10 * stats.binom.cdf(1, 24, 0.16)
-    assert mechanism(bands=4).small_cohorts(few) == pytest.approx(expected)
+    assert make_plan(turns, [few], masks=two_or_more).lost_rounds_delta == 0
+    assert mechanism(bands=4).others(few) == (24, pytest.approx(0.16))
 
 
 # --- the noise ---------------------------------------------------------------------------------------------------
@@ -302,7 +306,7 @@ def test_correlated_noise_beats_independent_noise_at_the_same_epsilon(make, keep
     errors = {}
     for name in ("gaussian", "banded"):
         given = PrivacyConfig(unit="client", target_epsilon=8.0, mechanism=name)
-        noise = make_plan(given, [phase], masked=False).noise_multiplier
+        noise = make_plan(given, [phase], masks=None).noise_multiplier
         work = built(given.mechanism).at_work(make.site(plan={"clients": 1727, "cohort_size": 100, "rounds": 100},
                                                         size=300, noise_multiplier=noise))  # fmt: skip
         drive = make.Drive(work, keeper())

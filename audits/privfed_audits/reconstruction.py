@@ -1,0 +1,99 @@
+"""Attacks on a recorded run, scored against the data that its holder has.
+
+The auditor stands in for two: the adversary, who is handed observations only, and the data holder, who seals what each
+client had. What an attack says is compared with *all* texts of the clients it saw. Where a client trains on batches,
+recall is therefore at most the share of its texts that were drawn; precision is what it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from privfed.errors import ConfigError
+from privfed.federation.material import Material, gather
+from privfed.federation.phases import TRAIN
+from privfed.federation.transcript import Transcript
+from privfed.files import write_atomic
+from privfed.types import View
+from privfed_attacks.inversion import ATTACKS, Setting
+from privfed_attacks.observation import Observation, ThreatModel
+from privfed_attacks.public_model import PublicModel, rebuild
+from privfed_attacks.scoring import Batch, score_texts
+from privfed_attacks.sealed import Sealed
+
+PRIOR = "prior"
+_AUXILIARY = 200
+
+
+def reconstruct(folder: Path, attacks: Sequence[str], *, view: View | None = None, clients: int = 1) -> dict[str, Any]:
+    """Attack a recorded run and write ``audit/reconstruction.json`` into its folder.
+
+    Args:
+        folder: The run folder.
+        attacks: Names of inversion attacks on texts; the prior-only baseline is always beside them.
+        view: What the adversary sees; by default all that the run let a server see.
+        clients: Of how many clients single updates are attacked, in an individual view.
+
+    Raises:
+        ConfigError: If an attack is not known or not for texts, or the run is not one of a text classifier.
+        TranscriptError: If the run was not recorded.
+    """
+    plugins = {name: ATTACKS.get(name) for name in dict.fromkeys([*attacks, PRIOR])}
+    for name, plugin in plugins.items():
+        if plugin.reads != "texts":
+            raise ConfigError(f"The attack {name!r} looks for {plugin.reads}: this audit takes attacks on texts.")
+    transcript = Transcript(folder)
+    if transcript.config.model.task != "sequence_classification":
+        raise ConfigError(f"This audit is for text classifiers, and the run's task is {transcript.config.model.task}.")
+    chosen: View = view or ("aggregate" if transcript.masked else "individual")
+    threat = ThreatModel(role="client" if chosen == "release" else "server", observes=chosen)
+    seen = [each for each in threat.view(transcript) if each.phase == TRAIN]
+    if not seen:
+        raise ConfigError("The recorded run has no round that gave this adversary anything to see.")
+    material, model = gather(transcript.config), rebuild(seen[0].side)
+    rows = []
+    for source, observations in _targets(seen, clients):
+        names = {source} if source is not None else {name for r in transcript.rounds(TRAIN) for name in r.survivors}
+        truth, setting = _truth(material, model, names)
+        for name, plugin in plugins.items():
+            guess = plugin.run(observations, model, setting, plugin.config())
+            scores = {key: round(value, 4) for key, value in score_texts(guess, truth, model.tokenizer).items()}
+            rows.append(
+                {"attack": name, "client": source, "rounds": len(observations), **scores, "facts": {**guess.facts}}
+            )
+    found = {"view": chosen, "transcript": transcript.digests(), "results": rows}
+    (folder / "audit").mkdir(exist_ok=True)
+    write_atomic(folder / "audit" / "reconstruction.json", (json.dumps(found, indent=1) + "\n").encode())
+    return found
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """Return the results as text, the baseline beside each attack."""
+    head = f"view {found['view']}: recall and precision of distinct tokens, ROUGE-L and exact texts"
+    body = [
+        f"{row['client'] or 'the sum':<16} {row['attack']:<10} recall {row['token_recall']:.2f}  precision "
+        f"{row['token_precision']:.2f}  ROUGE-L {row['rougeL']:.2f}  exact {row['exact']:.2f}"
+        for row in found["results"]
+    ]
+    return [head, *body]
+
+
+def _targets(seen: Sequence[Observation], clients: int) -> list[tuple[str | None, list[Observation]]]:
+    """Return who is attacked with which observations: some clients, or everybody together."""
+    sources = list(dict.fromkeys(each.source for each in seen))[:clients]
+    return [(source, [each for each in seen if each.source == source]) for source in sources]
+
+
+def _truth(material: Material, model: PublicModel, clients: set[str]) -> tuple[Sealed[Batch], Setting]:
+    """Return what the clients have, sealed, and what an adversary may know of it."""
+    train, test = material.dataset.train, material.dataset.test
+    rows = [int(row) for shard in material.shards if shard.client_id in clients for row in shard.indices]
+    longest = model.loaded.model.config.max_position_embeddings
+    texts = model.tokenizer([train.texts[row] for row in rows], truncation=True, max_length=longest)["input_ids"]
+    auxiliary = tuple(test.texts[:_AUXILIARY])
+    size = max(len(text) for text in model.tokenizer(list(auxiliary), truncation=True, max_length=longest)["input_ids"])
+    truth = Batch(texts=tuple(tuple(text) for text in texts))
+    return Sealed(truth), Setting(sequences=len(rows), max_tokens=size, auxiliary=auxiliary)

@@ -1,0 +1,66 @@
+"""The audit of a recorded run by inversion, from the command line to its file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from privfed.cli import main
+from privfed.errors import ConfigError
+from privfed_audits.reconstruction import reconstruct
+
+_SHARED = Path(__file__).parents[1] / "privfed" / "conftest.py"
+_spec = importlib.util.spec_from_file_location("privfed_fixtures_of_audits", _SHARED)
+assert _spec is not None and _spec.loader is not None
+_shared = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = _shared
+_spec.loader.exec_module(_shared)
+tiny_bert, text_csv = _shared.tiny_bert, _shared.text_csv
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, text_csv: Path) -> Path:
+    """Return a recorded run: full fine-tuning, one step a round, two clients with few texts."""
+    from privfed.config import parse_config
+    from privfed.run import train
+
+    folder = tmp_path_factory.mktemp("recorded")
+    raw: dict[str, Any] = {
+        "model": {"name": str(tiny_bert), "max_length": 24},
+        "data": {"path": str(text_csv), "client": "client"},
+        "partition": {"name": "iid", "clients": 60},
+        "tuning": {"name": "full"},
+        "client": {"optimizer": "sgd", "learning_rate": 0.5, "batch_size": 2, "local_steps": 1},
+        "server": {"rounds": 2, "cohort_size": 2, "evaluate_every": 2},
+        "privacy": {"unit": "none"},
+        "secagg": {"name": "none"},
+        "audit": {"record": True},
+        "ledger": {"path": str(folder / "ledger.sqlite")},
+    }
+    return train(parse_config(raw, where="test"), out=folder / "run").folder
+
+
+def test_the_command_prints_one_object_and_writes_it(run: Path) -> None:
+    result = CliRunner().invoke(main, ["audit", str(run), "--attacks", "span", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    rows = {row["attack"]: row for row in found["results"]}
+    assert set(rows) == {"span", "prior"}
+    assert found["view"] == "individual"
+    assert rows["span"]["token_recall"] > rows["prior"]["token_recall"] or rows["span"]["token_precision"] > 0.5
+    written = json.loads((run / "audit" / "reconstruction.json").read_text())
+    assert written["results"] == found["results"]
+    assert "train/000001.msgpack" in written["transcript"]
+
+
+def test_what_cannot_be_audited(run: Path) -> None:
+    with pytest.raises(ConfigError, match="looks for labels"):
+        reconstruct(run, ["labels"])
+    with pytest.raises(ConfigError, match="Unknown attack 'spam'"):
+        reconstruct(run, ["spam"])
