@@ -57,7 +57,7 @@ def reconstruct(folder: Path, attacks: Sequence[str], *, view: View | None = Non
     rows = []
     for source, observations in _targets(seen, clients):
         names = {source} if source is not None else {name for r in transcript.rounds(TRAIN) for name in r.survivors}
-        truth, setting = _truth(material, model, names)
+        truth, setting = _truth(material, model, names, transcript.config.model.max_length)
         for name, plugin in plugins.items():
             guess = plugin.run(observations, model, setting, plugin.config())
             scores = {key: round(value, 4) for key, value in score_texts(guess, truth, model.tokenizer).items()}
@@ -87,11 +87,11 @@ def _targets(seen: Sequence[Observation], clients: int) -> list[tuple[str | None
     return [(source, [each for each in seen if each.source == source]) for source in sources]
 
 
-def _truth(material: Material, model: PublicModel, clients: set[str]) -> tuple[Sealed[Batch], Setting]:
+def _truth(material: Material, model: PublicModel, clients: set[str], longest: int) -> tuple[Sealed[Batch], Setting]:
     """Return what the clients have, sealed, and what an adversary may know of it."""
-    train, test = material.dataset.train, material.dataset.test
+    train: Any = material.dataset.train
+    test: Any = material.dataset.test
     rows = [int(row) for shard in material.shards if shard.client_id in clients for row in shard.indices]
-    longest = model.loaded.model.config.max_position_embeddings
     texts = model.tokenizer([train.texts[row] for row in rows], truncation=True, max_length=longest)["input_ids"]
     auxiliary = tuple(test.texts[:_AUXILIARY])
     size = max(len(text) for text in model.tokenizer(list(auxiliary), truncation=True, max_length=longest)["input_ids"])

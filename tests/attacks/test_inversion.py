@@ -53,10 +53,14 @@ def play(tiny_model: Callable[[str], Path]) -> Play:
         key = (family, repr(table))
         if key not in made:
             model = rebuild(side)
-            with torch.no_grad():  # a fresh LoRA changes too little in a model whose weights are random
+            draw = torch.Generator().manual_seed(3)
+            with torch.no_grad():  # attention of a model with small random weights is all but blind to its input
                 for name, parameter in model.module.named_parameters():
-                    if ".lora_B." in name:
-                        parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
+                    if (
+                        any(part in name for part in (".lora_B.", ".query.", ".key.", ".value."))
+                        and parameter.dim() > 1
+                    ):
+                        parameter.normal_(0, 0.3, generator=draw)
             made[key] = side, model
         return side, made[key][1]
 
@@ -174,7 +178,7 @@ def test_full_batches_of_other_data_are_not_confirmed(play: Play) -> None:
 @pytest.mark.parametrize(("objective", "least"), [("l2", 0.25), ("tag", 0.25), ("cosine", 0.5)])
 def test_matching_finds_what_the_prior_does_not(play: Play, objective: str, least: float) -> None:
     played = play({"name": "bitfit"}, count=1)
-    guess, scores = attacked("matching", played, objective=objective, steps=150)
+    guess, scores = attacked("matching", played, objective=objective, steps=100, polish=32)
     _, prior = attacked("prior", played)
     assert scores["bag_recall"] >= least > prior["bag_recall"]
     assert float(guess.facts["loss"]) < 1

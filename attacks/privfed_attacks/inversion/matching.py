@@ -11,7 +11,7 @@ moves of whole tokens between steps of the continuous search (``moves``), which 
 scores them by a language model's perplexity too; here a bigram model of the auxiliary texts takes its place.
 
 Local training is simulated step by step (FedAvg), every observed round counts, and at the end each position is tried
-with the nearest few words, by the gradient loss itself (``polish``).
+with a few other words, by the gradient loss itself (``polish``).
 
 Nothing here needs an outer-product gradient: this is the attack for BitFit and prompts.
 """
@@ -44,14 +44,15 @@ class MatchingConfig(Table):
         moves: Discrete moves tried each time; 0 for none.
         move_every: Steps between them.
         prior_weight: Weight of the bigram model in scoring moves.
-        polish: Nearest words that are tried at each position at the end; 0 for none.
+        polish: Words that are tried at each position at the end, half of them the nearest, half those that the
+            gradient of the loss points to; 0 for none.
         rounds: At most so many observed rounds are matched, the last ones.
     """
 
     name: Literal["matching"] = "matching"
     objective: Literal["l2", "tag", "cosine"] = "cosine"
     steps: int = Field(default=300, ge=1)
-    learning_rate: float = Field(default=0.2, gt=0)
+    learning_rate: float = Field(default=1.0, gt=0)
     l1: float = Field(default=0.01, ge=0)
     norm_weight: float = Field(default=0.1, ge=0)
     starts: int = Field(default=4, ge=1)

@@ -140,19 +140,29 @@ class Matcher:
         return torch.where(self.fixed_BS < 0, self._nearest(embeddings_BSe, 1)[..., 0], self.fixed_BS)
 
     def _polished(self, tokens_BS: torch.Tensor, embeddings_BSe: torch.Tensor) -> torch.Tensor:
-        """Try the nearest few words at each position and keep what makes the loss of the *words* least."""
-        near = self._nearest(embeddings_BSe, self.config.polish)
+        """Try other words at each position and keep what makes the loss of the *words* least; two sweeps."""
+        near = self._nearest(embeddings_BSe, max(1, self.config.polish // 2))
         least = self._discrete_loss(tokens_BS)
-        for row, place in (self.fixed_BS < 0).nonzero().tolist():
-            for word in near[row, place].tolist():
-                if word == int(tokens_BS[row, place]):
-                    continue
-                tried = tokens_BS.clone()
-                tried[row, place] = word
-                loss = self._discrete_loss(tried)
-                if loss < least:
-                    tokens_BS, least = tried, loss
+        for _sweep in range(2):
+            before = least
+            pointed = self._pointed(tokens_BS, self.config.polish // 2)
+            for row, place in (self.fixed_BS < 0).nonzero().tolist():
+                words = {*near[row, place].tolist(), *pointed[row, place].tolist()} - {int(tokens_BS[row, place])}
+                for word in sorted(words):
+                    tried = tokens_BS.clone()
+                    tried[row, place] = word
+                    loss = self._discrete_loss(tried)
+                    if loss < least:
+                        tokens_BS, least = tried, loss
+            if least >= before:
+                break
         return tokens_BS
+
+    def _pointed(self, tokens_BS: torch.Tensor, count: int) -> torch.Tensor:
+        """Return the words that lower the loss most to first order [B, S, count] (HotFlip)."""
+        embeddings = self.table_Ve[tokens_BS].clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(self._loss(embeddings), embeddings)
+        return self.words[(gradient @ self.table_Ve[self.words].T).topk(count, dim=-1, largest=False).indices]
 
     @torch.no_grad()
     def _score(self, embeddings_BSe: torch.Tensor) -> float:

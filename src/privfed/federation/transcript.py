@@ -160,9 +160,8 @@ class Transcript:
             return record.mean_D
         if record.total is not None:
             return self._decoded(self._codec(record), record.total, record)
-        return np.mean([self.update(record, client) for client in record.survivors], axis=0, dtype=np.float64).astype(
-            np.float32
-        )
+        updates = np.stack([self.update(record, client) for client in record.survivors])
+        return np.asarray(updates.mean(axis=0, dtype=np.float64), dtype=np.float32)
 
     def releases(self, *, every_iterate: bool) -> Iterator[ReleaseRecord]:
         """Yield the changes between released models.

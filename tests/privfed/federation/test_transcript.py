@@ -86,9 +86,9 @@ def test_the_recorded_message_is_the_one_that_was_sent(federation: Callable[...,
             self.shard, self.weight, self.mechanism, self.shares = client.shard, client.weight, None, None
 
         def respond(self, *arguments: Any) -> Any:
-            encoded = self.client.respond(*arguments)
-            sent.append(to_bytes(encoded, client_id=self.shard.client_id, weight=self.weight))
-            return encoded
+            answer = self.client.respond(*arguments)
+            sent.append(to_bytes(answer.encoded, client_id=self.shard.client_id, weight=self.weight))
+            return answer
 
     spies = {name: Spy(client) for name, client in made.phase.clients.items()}
     made.phase = replace(made.phase, clients=spies, recorder=Recorder(tmp_path / "transcript" / "train", facts))
