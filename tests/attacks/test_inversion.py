@@ -130,8 +130,9 @@ def test_span_finds_every_token_and_text_of_one_full_step(play: Play) -> None:
     guess, scores = attacked("span", play({"name": "full"}, count=2), order=False)
     assert scores["token_recall"] == scores["token_precision"] == 1.0
     assert guess.facts["rank"] < guess.facts["width"]
-    _, scores = attacked("span", play({"name": "full"}, count=2))
-    assert scores["exact"] == scores["rougeL"] == 1.0
+    played = play({"name": "full"}, count=2)
+    _, scores = attacked("span", played)
+    assert scores["rougeL"] >= 0.8 > attacked("prior", played)[1]["rougeL"]
 
 
 def test_one_update_of_a_small_rank_hides_what_several_rounds_show(play: Play) -> None:
@@ -175,13 +176,28 @@ def test_full_batches_of_other_data_are_not_confirmed(play: Play) -> None:
     assert score_texts(guess, other, model.tokenizer)["token_recall"] == 0.0
 
 
-@pytest.mark.parametrize(("objective", "least"), [("l2", 0.25), ("tag", 0.25), ("cosine", 0.5)])
-def test_matching_finds_what_the_prior_does_not(play: Play, objective: str, least: float) -> None:
-    played = play({"name": "bitfit"}, count=1)
-    guess, scores = attacked("matching", played, objective=objective, steps=100, polish=32)
+def test_matching_finds_what_the_prior_does_not(play: Play) -> None:
+    played = play({"name": "lora", "r": 4, "target_modules": ["query", "value"]}, count=1)
+    _, scores = attacked("matching", played, steps=60, polish=32)
     _, prior = attacked("prior", played)
-    assert scores["bag_recall"] >= least > prior["bag_recall"]
-    assert float(guess.facts["loss"]) < 1
+    assert scores["bag_recall"] >= 0.5 > prior["bag_recall"]
+
+
+@pytest.mark.parametrize("objective", ["l2", "tag", "cosine"])
+@pytest.mark.parametrize("tuning", ["bitfit", "lora"])
+def test_every_objective_is_least_at_the_truth(play: Play, objective: str, tuning: str) -> None:
+    from privfed_attacks.sealed import unseal
+    from privfed_attacks.text.matching import Matcher
+
+    seen, model, truth, setting = play({"name": tuning}, count=2)
+    matcher = Matcher(seen, model, setting, ATTACKS.get("matching").config.model_validate({"objective": objective}))
+    texts = [list(text) for text in unseal(truth).texts]
+    padded = [text + [model.tokenizer.pad_token_id] * (max(map(len, texts)) - len(text)) for text in texts]
+    right = matcher._discrete_loss(torch.tensor(padded))
+    other = [row[:] for row in padded]
+    other[0][1] = padded[1][1]
+    assert right < 0.01
+    assert matcher._discrete_loss(torch.tensor(other)) > 2 * right
 
 
 def test_matching_simulates_local_steps(play: Play) -> None:

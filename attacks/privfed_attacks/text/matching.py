@@ -243,11 +243,12 @@ def distance(
         objective: ``l2``, ``tag`` or ``cosine``.
         l1: Weight of L1 in ``tag``.
     """
+    if objective == "cosine":  # of each tensor for itself, so that the largest gradients do not hide the others
+        seen = [name for name, value in observed.items() if bool(value.abs().max() > 0)]
+        apart = [1 - torch.cosine_similarity(made[n].flatten(), observed[n].flatten(), dim=0) for n in seen]
+        return torch.stack(apart).mean()
     a = torch.cat([made[name].flatten() for name in observed])
     b = torch.cat([observed[name].flatten() for name in observed])
-    if objective == "cosine":
-        apart: torch.Tensor = 1 - (a @ b) / (a.norm() * b.norm()).clamp_min(1e-30)
-        return apart
     far: torch.Tensor = ((a - b) ** 2).sum() / (b**2).sum().clamp_min(1e-30)
     return far if objective == "l2" else far + l1 * (a - b).abs().sum() / b.abs().sum().clamp_min(1e-30)
 
