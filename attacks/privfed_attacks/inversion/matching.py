@@ -3,7 +3,8 @@
 * ``l2``: Zhu, Liu, Han 2019, "Deep Leakage from Gradients", NeurIPS, arXiv 1906.08935 (DLG).
 * ``tag``: Deng et al. 2021, "TAG: Gradient Attack on Transformer-based Language Models", EMNLP Findings,
   arXiv 2103.06819: L2 plus a share of L1.
-* ``cosine``: Geiping et al. 2020, "Inverting Gradients", NeurIPS, arXiv 2003.14053: one minus the cosine, tensor by tensor.
+* ``cosine``: Geiping et al. 2020, "Inverting Gradients", NeurIPS, arXiv 2003.14053: one minus the cosine, of
+  each tensor for itself.
 
 To each can be added what Balunović et al. 2022, "LAMP: Extracting Text from Gradients with Language Model Priors",
 NeurIPS, arXiv 2202.08827, adds: a penalty that keeps embeddings as long as those of words are (``norm_weight``), and
