@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from privfed_attacks.inversion.matching import MatchingConfig
 
 
+_ROUNDING = 1e-5
+
+
 class Matcher:
     """One search.
 
@@ -244,7 +247,9 @@ def distance(
         l1: Weight of L1 in ``tag``.
     """
     if objective == "cosine":  # of each tensor for itself, so that the largest gradients do not hide the others
-        seen = [name for name, value in observed.items() if bool(value.abs().max() > 0)]
+        sizes = {name: float(value.norm()) for name, value in observed.items()}
+        # a key's bias changes no attention: its gradient is rounding, which has no direction to match
+        seen = [name for name, size in sizes.items() if size > _ROUNDING * max(sizes.values())]
         apart = [1 - torch.cosine_similarity(made[n].flatten(), observed[n].flatten(), dim=0) for n in seen]
         return torch.stack(apart).mean()
     a = torch.cat([made[name].flatten() for name in observed])

@@ -86,7 +86,7 @@ class Pull:
             tokens=frozenset(token for text in texts for token in text) - special,
             sequences=texts,
             facts={
-                "loss": round(float(loss), 6),
+                "loss": round(float(loss.detach()), 6),
                 "signal": round(float(self.first[1].weights_k.sum()), 2),
                 "nearest": round(float(distances_SK.min()), 6),
             },
