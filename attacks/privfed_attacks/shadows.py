@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from privfed.errors import ConfigError, ModelError
 from privfed.models.examples import Batch, Examples, device_of
@@ -38,6 +39,8 @@ from privfed_attacks.first_token import first_token_only
 Bits = NDArray[np.bool_]
 Rows = NDArray[np.int64]
 Stacked = dict[str, torch.Tensor]
+_PIECES = 4
+_LEAST_ROWS = 4
 
 
 def in_out_matrix(models: int, examples: int, rng: np.random.Generator) -> Bits:
@@ -94,6 +97,8 @@ class Shadows:
 
     def losses(self, examples: Examples, rows: Rows | None = None, *, size: int = 64) -> NDArray[np.float64]:
         """Return each example's loss on each model [K, Q], without dropout.
+
+        Of classes, from the logits in float64: a loss of 1e-12 stays one, which float32 would round to 0.
 
         Args:
             examples: Of the attacker.
@@ -183,31 +188,40 @@ def _train_group(
         with first_token_only(module, examples):
             for rows_K in zip(*streams, strict=True):
                 optimizer.zero_grad()
-                _mean_losses(module, stacked, examples, rows_K).sum().backward()  # type: ignore[no-untyped-call]
+                _add_gradients(module, stacked, examples, rows_K)
                 optimizer.step()
     finally:
         module.train(was_training)
     return {name: tensor.detach() for name, tensor in stacked.items()}
 
 
-def _mean_losses(module: nn.Module, stacked: Stacked, examples: Examples, rows_K: Sequence[Rows]) -> torch.Tensor:
-    """Return each model's mean loss over its own rows [K]; batches that differ in size are filled up with weight 0."""
+def _add_gradients(module: nn.Module, stacked: Stacked, examples: Examples, rows_K: Sequence[Rows]) -> None:
+    """Add the gradient of each model's mean loss over its own rows.
+
+    Rows go through in pieces of about equal length, since a piece is padded to the longest of all models' rows in it;
+    batches that differ in size are filled up with rows of weight 0.
+    """
     size = max(len(rows) for rows in rows_K)
-    filled = [np.concatenate([rows, np.repeat(rows[:1], size - len(rows))]) for rows in rows_K]
-    weights = torch.zeros(len(rows_K), size)
-    for place, rows in enumerate(rows_K):
-        weights[place, : len(rows)] = 1 / len(rows)
-    flat = examples.batch(np.concatenate(filled))
-    each = map_batch(flat, lambda t: t.reshape(len(rows_K), size, *t.shape[1:]))
-    found = _vmapped(module, stacked, examples, each, shared=False)
-    return (found * weights.to(found.device)).sum(dim=1)
+    filled_KB = np.stack([np.concatenate([rows, np.repeat(rows[:1], size - len(rows))]) for rows in rows_K])
+    counts_K = np.array([len(rows) for rows in rows_K])
+    weights_KB = (np.arange(size) < counts_K[:, None]) / counts_K[:, None]
+    order_KB = np.argsort(examples.lengths[filled_KB], axis=1, kind="stable")
+    filled_KB = np.take_along_axis(filled_KB, order_KB, axis=1)
+    weights = torch.from_numpy(np.take_along_axis(weights_KB, order_KB, axis=1)).float()
+    width = max(_LEAST_ROWS, -(-size // _PIECES)) if np.ptp(examples.lengths) else size
+    for start in range(0, size, width):
+        piece_KB = filled_KB[:, start : start + width]
+        flat = examples.batch(piece_KB.ravel())
+        batch = map_batch(flat, lambda t, shape=piece_KB.shape: t.reshape(*shape, *t.shape[1:]))  # type: ignore[misc]
+        found = _vmapped(module, stacked, examples, batch, shared=False)
+        (found * weights[:, start : start + width].to(found.device)).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _vmapped(module: nn.Module, stacked: Stacked, examples: Examples, batch: Batch, *, shared: bool) -> torch.Tensor:
     """Return the losses [K, B] of a batch that all models share, or of a stack of batches [K, B, ...]."""
     tensors: list[torch.Tensor] = []
     map_batch(batch, lambda t: tensors.append(t) or t)  # type: ignore[func-returns-value]
-    whole = _Losses(module, examples)
+    whole = _Losses(module, examples).train(module.training)
 
     def one(own: Mapping[str, torch.Tensor], given: Sequence[torch.Tensor]) -> torch.Tensor:
         rows = iter(given)
@@ -217,7 +231,8 @@ def _vmapped(module: nn.Module, stacked: Stacked, examples: Examples, batch: Bat
     device = device_of(module)
     own = {f"module.{name}": tensor for name, tensor in stacked.items()}
     given = tuple(t.to(device) for t in tensors)
-    with following():
+    # the fused attention has no rule for vmap: it would run model by model, and its backward pass in K^2
+    with following(), sdpa_kernel(SDPBackend.MATH):
         found: torch.Tensor = vmap(one, in_dims=(0, None if shared else 0))(own, given)
     return found
 
@@ -231,7 +246,19 @@ class _Losses(nn.Module):
         self._examples = examples
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return self._examples.losses(self.module, batch)
+        logits = getattr(self._examples, "logits", None)
+        if self.training or logits is None or batch.labels_B is None:
+            return self._examples.losses(self.module, batch)
+        return precise_losses(logits(self.module, batch), batch.labels_B)
+
+
+def precise_losses(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """Return log(1 + sum over other classes of exp(logit - the label's)) in float64 [B]."""
+    exact = logits_BC.double()
+    own = nn.functional.one_hot(labels_B, exact.shape[-1]).bool()
+    margins = (exact - (exact * own).sum(dim=-1, keepdim=True)).masked_fill(own, -torch.inf)
+    rest = torch.logsumexp(margins, dim=-1)
+    return torch.logaddexp(torch.zeros_like(rest), rest)
 
 
 def _optimizer(stacked: Stacked, config: ClientConfig, head_prefix: str | None) -> torch.optim.Optimizer:

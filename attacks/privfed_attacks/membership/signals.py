@@ -12,6 +12,7 @@ from privfed.errors import ConfigError
 from privfed_attacks.membership import Bits, Floats
 
 _SMALLEST = 1e-300
+_UNTOLD = 2.0**-25
 _LARGEST = 700.0
 
 
@@ -35,9 +36,11 @@ def losses(logits_QC: Floats, labels_Q: np.ndarray) -> Floats:
 def logit_confidence(losses_any: Floats) -> Floats:
     """Return phi = log(p / (1 - p)) for p = exp(-loss): -log(exp(loss) - 1) (Carlini et al. 2022, equation 4).
 
-    Its distribution over models is near a Gaussian, that of the loss is not.
+    Its distribution over models is near a Gaussian, that of the loss is not. A loss of exactly 0 comes from a float32
+    model that was too sure to say more: it is taken as half of what float32 can tell from 0, since one infinite phi
+    would drown all variances.
     """
-    found = np.clip(losses_any, _SMALLEST, _LARGEST)
+    found = np.clip(np.where(losses_any == 0, _UNTOLD, losses_any), _SMALLEST, _LARGEST)
     return np.asarray(-np.log(np.expm1(found)), dtype=np.float64)
 
 

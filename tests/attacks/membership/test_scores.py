@@ -193,6 +193,7 @@ def test_losses_and_confidences_keep_their_precision_where_models_are_sure():
     assert found[0] == pytest.approx(2 * np.exp(-80.0), rel=1e-12)
     assert found[1] == pytest.approx(-np.log(np.exp(2) / (np.exp(2) + 2)))
     np.testing.assert_allclose(logit_confidence(found), [80 - np.log(2), 2 - np.log(2)], rtol=1e-12)
+    assert logit_confidence(np.zeros(1))[0] == pytest.approx(25 * np.log(2), rel=1e-6)  # not infinite
 
 
 def test_min_k_standardises_and_takes_the_lowest_share():
