@@ -37,5 +37,7 @@ def user_scores(
         best = np.full(len(owners), -np.inf)
         np.maximum.at(best, index_Q, scores_Q)
         return owners, best
-    sums = np.bincount(index_Q, weights=scores_Q, minlength=len(owners))
-    return owners, sums / np.bincount(index_Q) if combine == "mean" else sums
+    found = np.asarray(np.bincount(index_Q, weights=scores_Q, minlength=len(owners)), dtype=np.float64)
+    if combine == "mean":
+        found /= np.bincount(index_Q)
+    return owners, found
