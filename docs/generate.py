@@ -50,7 +50,6 @@ USUAL = {
     "target_modules": "Names of the layers to adapt; unset for peft's choice for the model.",
     "task": "What is learned.",
     "layers_to_transform": "Numbers of the blocks to adapt; unset for all.",
-    "record": "Recording for audits; not available yet.",
 }
 
 

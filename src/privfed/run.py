@@ -23,7 +23,7 @@ from privfed.config import RunConfig, differences, parse_config
 from privfed.errors import BudgetExceededError, ConfigError, PrivfedError, ResumeError
 from privfed.federation import folder as folders
 from privfed.federation import material as materials
-from privfed.federation import saving, sentinels, setup, workbench
+from privfed.federation import recorder, saving, sentinels, setup, workbench
 from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.client import Holder
 from privfed.federation.engines.in_process import Outcome, run_phases
@@ -119,7 +119,14 @@ class _Run:
         self._approve(holder)
         self.bench = self.bench or self._built()
         stages = setup.make_stages(
-            self.config, self.material, self.bench, self.plan, holder, self.watch, self.folder.own
+            self.config,
+            self.material,
+            self.bench,
+            self.plan,
+            holder,
+            self.watch,
+            self.folder.own,
+            self.folder.transcript if self.config.audit.record else None,
         )
         self.stage = stages[TRAIN]
         vanishing = self._check_before(stages)
@@ -147,7 +154,7 @@ class _Run:
             adapter_digest=digest,
             sentinels=self.results or {},
             versions=versions(),
-            notes=saving.notes(self._stage()),
+            notes=(*saving.notes(self._stage()), *self._recorded()),
         )
         receipt = build_receipt(facts)
         write_receipt(self.folder.path / "receipt.json", receipt)
@@ -252,6 +259,14 @@ class _Run:
         if self.bench is None:
             raise RuntimeError("the model is not loaded yet")
         return self.bench
+
+    def _recorded(self) -> tuple[str, ...]:
+        """Return what the receipt says of a recorded run."""
+        config = self.config
+        if not config.audit.record:
+            return ()
+        placement = config.privacy.placed if config.privacy.on else "none"
+        return (recorder.note(masked=config.secagg.name == "masked", placement=placement),)
 
     def _stage(self) -> setup.Stage:
         if self.stage is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import tomli_w
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
@@ -55,9 +55,15 @@ class EvaluateConfig(Table):
 
 
 class AuditConfig(Table):
-    """Recording for audits; not available yet, so only ``false`` is taken."""
+    """What is kept for audits.
 
-    record: Literal[False] = False
+    Attributes:
+        record: Keep in ``transcript/`` what went over the wire, for attacks to be run on: every broadcast, and each
+            client's message, or under secure aggregation only the sum. Off by default, for *messages of single clients
+            are then kept*; receipt and report say so.
+    """
+
+    record: bool = False
 
 
 def _tagged(registry: Registry[Any], default: str) -> Any:

@@ -247,7 +247,7 @@ def test_tables_are_frozen():
         ("secagg.ring_bits=18", ["secagg.ring_bits = 18", "'auto', 16, 20, 24 or 32"]),
         ("secagg.sigma=5", ["secagg.sigma = 5", "greater than or equal to 20"]),
         ("secagg.server=honest", ["secagg.server = 'honest'", "'malicious' or 'curious'"]),
-        ("audit.record=true", ["audit.record = True", "False"]),
+        ("audit.record=3", ["audit.record = 3", "boolean"]),
         ("data.name=unset", ["neither name nor path", "set name = 'pydoc'"]),
         ("privacy.mechanism=gausian", ["Unknown mechanism 'gausian'", "Did you mean 'gaussian'"]),
         ("privacy.mechanism.nam=3", ["Unknown key 'privacy.mechanism.nam'", "'name'"]),

@@ -5,7 +5,7 @@ Both collectors add a message on arrival and forget it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,12 +60,16 @@ class PlainLink:
         codec: Name of the codec.
         length: Number of values.
         keep: Whether to keep each message's values beside their sum.
+        record: Told each message that was added.
     """
 
-    def __init__(self, codec: str, length: int, *, keep: bool = False) -> None:
+    def __init__(
+        self, codec: str, length: int, *, keep: bool = False, record: Callable[[bytes], None] | None = None
+    ) -> None:
         self._codec = codec
         self._length = length
         self._keep = keep
+        self._record = record
         self._single: list[EncodedSum] = []
         self._scale = 1.0
         self._sum: NDArray[np.float64] | NDArray[np.int64] | None = None
@@ -121,6 +125,8 @@ class PlainLink:
             self._single.append(self._encoded(values, 1, weight))
         self._weight += weight
         self._survivors.append(client_id)
+        if self._record:
+            self._record(message)
 
 
 class MaskedLink:

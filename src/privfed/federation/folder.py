@@ -57,6 +57,11 @@ class RunFolder:
         """The trained parts."""
         return self.path / "adapter"
 
+    @property
+    def transcript(self) -> Path:
+        """What went over the wire, where the run is recorded."""
+        return self.path / "transcript"
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics."""
         with self.metrics.open("a", encoding="utf-8") as file:

@@ -22,6 +22,7 @@ from privfed.federation.distributed import Shares
 from privfed.federation.meter import Meter, MeterReading
 from privfed.federation.personal import PersonalStore
 from privfed.federation.progress import Progress
+from privfed.federation.recorder import Recorder
 from privfed.federation.sharing import Sharing
 from privfed.federation.state import ServerState, rule_step, server_step, variates_step
 from privfed.privacy.mechanisms import AtWork, Memory, Moment, Release, Terms
@@ -42,6 +43,7 @@ class Phase:
         identities: The clients' signing keys, whose public halves are the roster that every round pins.
         central: The mechanism of client-level privacy, at a trusted server, or None.
         shares: Noise that clients add in shares, or None.
+        recorder: Writes down what goes over the wire, where the run is recorded.
     """
 
     plan: PhasePlan
@@ -61,6 +63,7 @@ class Phase:
     seed: int
     config_digest: str
     shares: Shares | None = None
+    recorder: Recorder | None = None
 
     @property
     def layout(self) -> ParamLayout:
@@ -135,10 +138,20 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         terms=terms,
     ).to_bytes()
     tally = _Tally(meter=phase.meter() if phase.meter else None)
+    if phase.recorder:
+        phase.recorder.opened(number, broadcast)
     collected, lost = _exchange(cohort, broadcast, state, phase, holder, progress, tally)
     release = _release(collected, phase, holder, state.mechanism, number, broadcast, lost)
     mean_M = release.mean_D
     after = _advance(replace(state, mechanism=release.memory), mean_M, collected, phase)
+    if phase.recorder:
+        phase.recorder.closed(
+            sent=phase.sharing.part(number).sent.layout,
+            total=collected.total if phase.masked else None,
+            survivors=collected.survivors,
+            mean_M=None if phase.central else mean_M,
+            lost=release.lost,
+        )
     if phase.central is None:  # whom Poisson sampling chose is nobody's business, and nothing depends on it
         taken = {**state.taken, **{client: state.taken.get(client, 0) + 1 for client in cohort}}
         after = replace(after, taken=taken)
@@ -212,7 +225,12 @@ def _exchange(
 def _link(cohort: tuple[str, ...], number: int, phase: Phase, holder: Holder) -> Link:
     length = phase.message_size(number)
     if not phase.masked:
-        return PlainLink(phase.codec_name, length, keep=phase.sharing.rule.needs_individual)
+        return PlainLink(
+            phase.codec_name,
+            length,
+            keep=phase.sharing.rule.needs_individual,
+            record=phase.recorder.message if phase.recorder else None,
+        )
     # a fresh nonce: keys of a round that a crash cut short never meet those of its repetition
     label = f"{holder.run_id}/{phase.plan.name}/{number}/{time.time_ns()}"
     return MaskedLink(

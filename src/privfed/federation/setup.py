@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from privfed.federation.meter import make_meter
 from privfed.federation.pairs import check_pairs, find_pairs
 from privfed.federation.personal import PersonalStore
 from privfed.federation.phases import TRAIN, phases
+from privfed.federation.recorder import PhaseFacts, Recorder
 from privfed.federation.roster import Roster
 from privfed.federation.round import Phase
 from privfed.federation.sharing import Sharing, share_out
@@ -60,6 +61,7 @@ def make_stages(
     holder: Holder,
     progress: Progress,
     own: Path | None = None,
+    transcript: Path | None = None,
 ) -> dict[str, Stage]:
     """Return the run's phases in order: the head alone on cached features where asked for, then the tuning.
 
@@ -72,6 +74,7 @@ def make_stages(
         progress: Told what takes long.
         own: Folder for what clients keep to themselves; needed where the rule or ``server.personal`` has them keep
             anything.
+        transcript: Folder to record the run in; None to leave that out.
 
     Raises:
         ConfigError: If the rule or ``server.personal`` does not fit what is trained.
@@ -92,6 +95,8 @@ def make_stages(
         sharing = _sharing(config, module, prefix, client, server)
         trainer = LocalTrainer(module, prefix, train, client, dp)
         phase = _phase(config, material, phase_plan, server, sharing, trainer, plan, holder, own)
+        if transcript is not None:
+            phase = replace(phase, recorder=_recorder(config, phase, transcript, plan, holder))
         fairness = _fairness(config, material) if name == TRAIN else None
         stages[name] = Stage(module=module, train=train, test=test, trainer=trainer, phase=phase, fairness=fairness)
     return stages
@@ -195,6 +200,20 @@ def _phase(
         seed=config.seed,
         config_digest=config.digest(),
     )
+
+
+def _recorder(config: RunConfig, phase: Phase, folder: Path, plan: Plan | None, holder: Holder) -> Recorder:
+    central = config.privacy.placed == "central"
+    facts = PhaseFacts(
+        run_id=holder.run_id,
+        phase=phase.plan.name,
+        layout=phase.layout,
+        shared=phase.sharing.shared.layout,
+        extra=phase.central.extra if phase.central else 0,
+        ring=(phase.ring_bits, phase.plan.clients if central else phase.plan.cohort_size) if phase.masked else None,
+        noise_multiplier=plan.noise_multiplier * phase.plan.noise_scale if plan else None,
+    )
+    return Recorder(folder / phase.plan.name, facts)
 
 
 def _noise(central: AtWork | None, phase: PhasePlan) -> float:

@@ -152,6 +152,9 @@ class _Loop:
             self.totals["seconds"] = self.totals.get("seconds", 0.0) + time.perf_counter() - before
             self._save(state)
             self.progress.round_done(plan.name, state.round, plan.rounds, epsilon)
+        phase = self.stage.phase
+        if phase.recorder:
+            phase.recorder.released(state.round, phase.sharing.shared.take(state.params_D), state.carried)
         set_state(self.stage, state)
         self.stage.trainer.close()
         final = score or evaluate(self.stage.module, self.stage.test, self.label_names)

@@ -1,0 +1,76 @@
+"""The span attack (DAGER), over several rounds and through sums.
+
+Petrov, Dimitrov, Baader, Müller, Vechev 2024, "DAGER: Exact Gradient Inversion for Large Language Models", NeurIPS,
+arXiv 2405.15586. The input of the first layer is a look-up, frozen and public: so are all possible inputs. Those of
+the batch span the rows of the first layer's gradient, and as long as there are fewer of them than the layer is wide, a
+token (at a position) is in the batch if and only if its input lies in that span. Candidate texts are then checked in
+the span of the second layer, where a position's input depends on the whole text (encoders) or on all before it
+(decoders).
+
+What is added here:
+
+* **Stacking.** Query, key and value of a block get the same input, so their gradients share one span: a LoRA of rank r
+  on three of them shows 3r directions of it a step.
+* **Accumulation over rounds.** Adapters are trained over *frozen* embeddings, so the inputs of the same texts are the
+  same in every round, and so is their span. A rank-r update that hides all but r directions of it hides nothing after
+  (distinct inputs) / r rounds. In a *sum over clients* the rows lie in the span of all their inputs together: secure
+  aggregation of C clients takes C times as many rounds and stops the attack only when the inputs of the cohort
+  (cohort size x distinct tokens and positions) come near the width d, or the rounds are fewer. Where the layers below
+  are trained, the inputs move, and only rounds with the same parameters there are stacked.
+* **Thresholds from the noise** (``privfed_attacks.text.spans``).
+* LoRA's B (FFA-LoRA): its rows lie in the span of A x, r wide, so it says something only for fewer than r inputs.
+
+Limits: dropout in the embeddings, Adam (its step is no linear function of the gradient), large batches against d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from privfed.table import Table
+from privfed_attacks.inversion import ATTACKS, Attack, Reconstruction, Setting
+
+if TYPE_CHECKING:
+    from privfed_attacks.observation import Observation
+    from privfed_attacks.public_model import PublicModel
+
+
+class SpanConfig(Table):
+    """Options.
+
+    Attributes:
+        share: A token is a member if it is nearer to the span than this share of what is usual in the vocabulary.
+        deviations: A member's position is taken if it is no farther than so many times what the noise explains.
+        order: Put the tokens into texts with the second layer.
+        restarts: How often the search for a text starts anew.
+    """
+
+    name: Literal["span"] = "span"
+    share: float = Field(default=0.85, gt=0, le=1)
+    deviations: float = Field(default=1.5, gt=0)
+    order: bool = True
+    restarts: int = Field(default=4, ge=1)
+
+
+def run(
+    observations: Sequence[Observation], model: PublicModel, setting: Setting, config: SpanConfig
+) -> Reconstruction:
+    """Return the tokens whose inputs lie in the observed span, and the texts that the second layer confirms."""
+    from privfed_attacks.text.membership import Test, members
+    from privfed_attacks.text.ordering import ordered
+
+    test = Test(share=config.share, deviations=config.deviations)
+    found = members(observations, model, setting.max_tokens, test)
+    facts: dict[str, Any] = dict(found.facts)
+    texts: tuple[tuple[int, ...], ...] = ()
+    if config.order and found.pairs:
+        texts = ordered(observations, model, setting, found, restarts=config.restarts)
+    special = set(model.tokenizer.all_special_ids)
+    tokens = frozenset(token for token, _ in found.pairs) - special
+    return Reconstruction(tokens=tokens, sequences=texts, facts=facts)
+
+
+ATTACKS.register("span")(Attack(config=SpanConfig, run=run))

@@ -1,0 +1,268 @@
+"""The attacks on clients of a tiny model: what they find, and that they find nothing where nothing is to be found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from privfed.errors import ConfigError
+from privfed_attacks.inversion import ATTACKS, Reconstruction, Setting
+from privfed_attacks.observation import Observation, SideInformation, split
+from privfed_attacks.public_model import PublicModel, rebuild
+from privfed_attacks.scoring import Batch, score_images, score_labels, score_texts
+from privfed_attacks.sealed import Sealed
+
+TEXTS = (
+    "balan dopil cat piano",
+    "kumor rain benet dusto goat",
+    "bipil song wolf kenet",
+    "dilan storm kapil horse drum",
+)
+OTHERS = ("cat dog horse rain", "piano song choir bear", "snow wind storm mouse dolan", "balan bemor binet")
+LABELS = (0, 2, 1, 0)
+Play = Callable[..., tuple[list[Observation], PublicModel, Sealed[Batch], Setting]]
+
+
+@pytest.fixture(scope="module")
+def play(tiny_model: Callable[[str], Path]) -> Play:
+    """Return ``play(tuning, rounds=, clients=, noise=)``: updates of clients of a tiny model that train by SGD."""
+    from privfed.models.config import ModelConfig
+    from privfed.schedule import ClientConfig
+    from privfed.tuning import TUNINGS
+    from privfed.tuning.layout import layout_of, read_flat, trained, write_flat
+
+    made: dict[tuple[str, str], tuple[SideInformation, PublicModel]] = {}
+
+    def public(family: str, tuning: dict[str, Any], steps: int) -> tuple[SideInformation, PublicModel]:
+        table = TUNINGS.get(tuning["name"]).config.model_validate(tuning)
+        client = ClientConfig(optimizer="sgd", learning_rate=0.5, batch_size=4, local_steps=steps)
+        side = SideInformation(
+            model=ModelConfig(name=str(tiny_model(family)), max_length=16),
+            tuning=table,
+            init_seed=5,
+            client=client,
+            label_names=("a", "b", "c"),
+        )
+        key = (family, repr(table))
+        if key not in made:
+            model = rebuild(side)
+            with torch.no_grad():  # a fresh LoRA changes too little in a model whose weights are random
+                for name, parameter in model.module.named_parameters():
+                    if ".lora_B." in name:
+                        parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
+            made[key] = side, model
+        return side, made[key][1]
+
+    def update(model: PublicModel, params_D: Any, texts: Sequence[str], labels: Sequence[int], steps: int) -> Any:
+        module = model.module
+        write_flat(module, params_D)
+        batch = model.tokenizer(list(texts), padding=True, return_tensors="pt")
+        given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        for _ in range(steps):
+            parameters = [parameter for _, parameter in trained(module)]
+            loss = torch.nn.functional.cross_entropy(module(**given).logits, torch.tensor(list(labels)))
+            found = torch.autograd.grad(loss, parameters)
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, found, strict=True):
+                    parameter -= 0.5 * gradient
+        return read_flat(module) - params_D
+
+    def run(
+        tuning: dict[str, Any],
+        *,
+        family: str = "bert",
+        rounds: int = 1,
+        clients: int = 1,
+        noise: float = 0.0,
+        steps: int = 1,
+        count: int = 4,
+    ) -> tuple[list[Observation], PublicModel, Sealed[Batch], Setting]:
+        side, model = public(family, tuning, steps)
+        layout, start_D = layout_of(model.module), read_flat(model.module)
+        params_D, seen, draw = start_D, [], np.random.default_rng(0)
+        texts, labels, each = TEXTS[:count], LABELS[:count], count // clients
+        for number in range(1, rounds + 1):
+            parts = [slice(i * each, (i + 1) * each) for i in range(clients)]
+            deltas = [update(model, params_D, texts[part], labels[part], steps) for part in parts]
+            mean_D = np.mean(deltas, axis=0) + noise * draw.standard_normal(len(params_D))
+            seen.append(
+                Observation(
+                    vantage="individual" if clients == 1 else "aggregate",
+                    phase="train",
+                    round=number,
+                    source="client" if clients == 1 else None,
+                    contributors=clients,
+                    params=split(params_D, layout),
+                    payload=split(mean_D.astype(np.float32), layout),
+                    layout=layout,
+                    side=side,
+                )
+            )
+            params_D = (params_D + mean_D).astype(np.float32)
+        write_flat(model.module, start_D)
+        ids = tuple(tuple(model.tokenizer(text)["input_ids"]) for text in texts)
+        setting = Setting(sequences=count, max_tokens=8, lengths=tuple(map(len, ids)), auxiliary=OTHERS, labels=labels)
+        return seen, model, Sealed(Batch(texts=ids, labels=labels)), setting
+
+    return run
+
+
+def attacked(name: str, played: Any, **options: Any) -> tuple[Reconstruction, dict[str, float]]:
+    """Return what an attack finds and its scores."""
+    seen, model, truth, setting = played
+    plugin = ATTACKS.get(name)
+    guess = plugin.run(seen, model, setting, plugin.config.model_validate(options))
+    return guess, score_texts(guess, truth, model.tokenizer)
+
+
+def test_span_finds_every_token_and_text_of_one_full_step(play: Play) -> None:
+    guess, scores = attacked("span", play({"name": "full"}), order=False)
+    assert scores["token_recall"] == scores["token_precision"] == 1.0
+    assert guess.facts["rank"] < guess.facts["width"]
+    _, scores = attacked("span", play({"name": "full"}, count=2))
+    assert scores["exact"] == scores["rougeL"] == 1.0
+
+
+def test_one_update_of_a_small_rank_hides_what_several_rounds_show(play: Play) -> None:
+    lora = {"name": "lora", "r": 4, "target_modules": ["query", "value"]}
+    _, once = attacked("span", play(lora, count=2), order=False)
+    guess, often = attacked("span", play(lora, rounds=6, count=2), order=False)
+    assert once["token_recall"] < often["token_recall"]
+    assert often["token_recall"] >= 0.9
+    assert often["token_precision"] >= 0.9
+    assert int(guess.facts["rank"]) > 8
+
+
+def test_a_sum_over_clients_hides_nothing_from_accumulation(play: Play) -> None:
+    lora = {"name": "lora", "r": 4, "target_modules": ["query", "value"]}
+    _, scores = attacked("span", play(lora, rounds=8, clients=2, count=2), order=False)
+    assert scores["token_recall"] >= 0.8
+    assert scores["token_precision"] >= 0.8
+
+
+def test_noise_leaves_the_span_attack_nothing(play: Play) -> None:
+    played = play({"name": "full"}, noise=0.05)
+    _, scores = attacked("span", played, order=False)
+    _, prior = attacked("prior", played)
+    assert scores["token_recall"] * scores["token_precision"] <= prior["token_recall"] + 0.05
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_span_grows_texts_of_decoders(play: Play, family: str) -> None:
+    _, scores = attacked("span", play({"name": "full"}, family=family, count=2))
+    assert scores["token_recall"] == 1.0
+    assert scores["exact"] == 1.0
+
+
+def test_full_batches_of_other_data_are_not_confirmed(play: Play) -> None:
+    """A control: the updates of one batch say nothing about the tokens of another."""
+    seen, model, _, setting = play({"name": "full"})
+    other = Sealed(
+        Batch(texts=tuple(tuple(model.tokenizer(t)["input_ids"]) for t in ("dipor fog sheep", "bulan hail")))
+    )
+    guess = ATTACKS.get("span").run(seen, model, setting, ATTACKS.get("span").config.model_validate({"order": False}))
+    assert score_texts(guess, other, model.tokenizer)["token_recall"] == 0.0
+
+
+@pytest.mark.parametrize("objective", ["l2", "tag", "cosine"])
+def test_matching_finds_what_the_prior_does_not(play: Play, objective: str) -> None:
+    played = play({"name": "bitfit"}, count=1)
+    guess, scores = attacked("matching", played, objective=objective, steps=150)
+    _, prior = attacked("prior", played)
+    assert scores["bag_recall"] >= 0.5 > prior["bag_recall"]
+    assert float(guess.facts["loss"]) < 0.5
+
+
+def test_matching_simulates_local_steps(play: Play) -> None:
+    from privfed_attacks.text.simulate import Simulation, twice_differentiable
+
+    seen, model, _, _ = play({"name": "lora", "r": 4, "target_modules": ["query", "value"]}, steps=3, count=2)
+    module = model.at(seen[0])
+    batch = model.tokenizer(list(TEXTS[:2]), padding=True, return_tensors="pt")
+    embeddings = module.get_input_embeddings()(batch["input_ids"]).detach()
+    with twice_differentiable():
+        made = Simulation(module, seen[0]).update(embeddings, batch["attention_mask"], torch.tensor(LABELS[:2]))
+    for name, value in made.items():
+        np.testing.assert_allclose(value.detach().numpy(), seen[0].payload[name], rtol=1e-2, atol=1e-6)
+
+
+def test_matching_says_what_it_needs(play: Play) -> None:
+    seen, model, _, setting = play({"name": "bitfit"}, count=1)
+    run, options = ATTACKS.get("matching").run, ATTACKS.get("matching").config()
+    with pytest.raises(ConfigError, match="number of examples"):
+        run(seen, model, replace(setting, sequences=None), options)
+    blind = [replace(each, side=replace(each.side, client=None)) for each in seen]
+    with pytest.raises(ConfigError, match="local training"):
+        run(blind, model, setting, options)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_labels_are_in_the_bias(play: Play, count: int) -> None:
+    seen, model, truth, setting = play({"name": "full"}, count=count)
+    plugin = ATTACKS.get("labels")
+    guess = plugin.run(seen, model, replace(setting, labels=None), plugin.config())
+    assert guess.labels == Counter(LABELS[:count])
+    assert score_labels(guess, truth) == {"label_recall": 1.0, "labels_exact": 1.0}
+
+
+def test_the_prior_reads_no_update(play: Play) -> None:
+    seen, model, _, setting = play({"name": "full"})
+    plugin = ATTACKS.get("prior")
+    guess = plugin.run(seen, model, setting, plugin.config())
+    assert guess == plugin.run([], model, setting, plugin.config())
+    words = {token for text in OTHERS for token in model.tokenizer(text)["input_ids"]}
+    assert guess.tokens <= words
+
+
+def test_every_attack_has_a_table_with_its_name_and_a_paper() -> None:
+    import sys
+
+    assert {"span", "matching", "labels", "prior"} <= set(ATTACKS.names())
+    for name, plugin in ATTACKS.items():
+        assert getattr(plugin.config(), "name", None) == name
+        assert sys.modules[plugin.run.__module__].__doc__
+
+
+def test_texts_are_scored_against_the_truth(play: Play) -> None:
+    _, model, truth, _ = play({"name": "full"})
+    tokenizer = model.tokenizer
+    ids = [tuple(tokenizer(text)["input_ids"]) for text in TEXTS]
+    special = set(tokenizer.all_special_ids)
+    right = Reconstruction(sequences=tuple(reversed(ids)))
+    best = score_texts(right, truth, tokenizer)
+    assert {best[key] for key in ("token_recall", "token_precision", "bag_recall", "rouge1", "rougeL", "exact")} == {
+        1.0
+    }
+    half = score_texts(Reconstruction(sequences=tuple(ids[:2])), truth, tokenizer)
+    assert half["exact"] == 0.5
+    assert half["token_precision"] == 1.0 > half["token_recall"]
+    backwards = Reconstruction(sequences=tuple((i[0], *i[-2:0:-1], i[-1]) for i in ids))
+    turned = score_texts(backwards, truth, tokenizer)
+    assert turned["rouge1"] == 1.0 > turned["rougeL"]
+    assert turned["exact"] == 0.0
+    bag = score_texts(Reconstruction(tokens=frozenset(ids[0]) - special), truth, tokenizer)
+    assert bag["rouge1"] == 0.0 < bag["token_recall"] < 1
+    nothing = score_texts(Reconstruction(), truth, tokenizer)
+    assert set(nothing.values()) == {0.0}
+
+
+def test_images_are_scored_against_the_truth() -> None:
+    draw = np.random.default_rng(0)
+    images = draw.random((3, 1, 16, 16)).astype(np.float32)
+    truth = Sealed(Batch(images=images))
+    same = score_images(Reconstruction(images=images[::-1].copy()), truth)
+    assert same["psnr"] == 100.0
+    assert same["ssim"] == pytest.approx(1.0)
+    noisy = images + 0.1 * draw.standard_normal(images.shape).astype(np.float32)
+    close = score_images(Reconstruction(images=noisy), truth)
+    assert close["psnr"] == pytest.approx(20.0, abs=0.5)
+    far = score_images(Reconstruction(images=draw.random(images.shape).astype(np.float32)), truth)
+    assert far["ssim"] < 0.2 < close["ssim"] < 1
+    assert score_images(Reconstruction(), truth)["ssim"] < 0.2
