@@ -1,4 +1,4 @@
-"""Score-level attacks: each against a case whose answer is known, and all against no membership at all."""
+"""Score-level attacks, each against a case whose answer is known."""
 
 from __future__ import annotations
 

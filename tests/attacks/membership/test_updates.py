@@ -1,4 +1,4 @@
-"""Attacks on updates: each against a case whose answer is known, and all against no membership at all."""
+"""Attacks on updates: each against a case whose answer is known, beside test_null.py."""
 
 from __future__ import annotations
 
@@ -32,35 +32,13 @@ def world(rng, *, queries, strength):
     members_Q = rng.random(queries) < 0.5
     noise_RCD = rng.standard_normal((ROUNDS, CLIENTS, LENGTH))
     noise_RCD[:, 2] -= strength * np.einsum("rqd,q->rd", unit(gradients_RQD), members_Q.astype(float))
-    canaries_QD = random_directions(queries, LENGTH, rng)
-    moved_RD = noise_RCD.mean(axis=1) + strength * (canaries_QD * members_Q[:, None]).sum(axis=0) / CLIENTS
-    # every fourth query's inputs are those of rank-deficient updates
-    inputs_QTH = rng.standard_normal((queries, 3, LENGTH))
-    rows = inputs_QTH[members_Q][:4].reshape(-1, LENGTH) if strength else rng.standard_normal((12, LENGTH))
     evidence = Evidence(
         updates_RD=noise_RCD[:, 2],
         gradients_RQD=gradients_RQD,
         client_updates_RCD=noise_RCD,
         target_client=2,
-        canaries_QD=canaries_QD,
-        subspace_MH=rng.standard_normal((20, len(rows))) @ rows,
-        inputs_QTH=inputs_QTH,
     )
-    return evidence, members_Q, moved_RD
-
-
-UPDATE_LEVEL = ["canary_client", "canary_client_iterates", "canife", "fed_cosine", "gradient_dot", "update_cosine"]
-
-
-@pytest.mark.parametrize("name", [*UPDATE_LEVEL, "subspace_residual"])
-def test_without_a_trace_of_membership_the_auc_is_one_half(name):
-    rng = np.random.default_rng(5)
-    scores, bits = [], []
-    for _ in range(60):
-        evidence, members_Q, _ = world(rng, queries=200, strength=0.0)
-        scores.append(MEMBERSHIP.get(name).score(evidence))
-        bits.append(members_Q)
-    assert abs(auc(np.concatenate(scores), np.concatenate(bits)) - 0.5) < 0.02
+    return evidence, members_Q
 
 
 @pytest.mark.parametrize("name", ["fed_cosine", "gradient_dot", "update_cosine"])
@@ -68,7 +46,7 @@ def test_a_member_shows_in_its_clients_update(name):
     rng = np.random.default_rng(6)
     scores, bits = [], []
     for _ in range(100):
-        evidence, members_Q, _ = world(rng, queries=6, strength=1.5)
+        evidence, members_Q = world(rng, queries=6, strength=1.5)
         scores.append(MEMBERSHIP.get(name).score(evidence))
         bits.append(members_Q)
     assert auc(np.concatenate(scores), np.concatenate(bits)) > 0.85
@@ -92,7 +70,7 @@ def test_fedmia_takes_off_what_all_clients_share():
     shared_RD = 10 * rng.standard_normal((ROUNDS, LENGTH))
     scores, plain, bits = [], [], []
     for _ in range(200):
-        evidence, members_Q, _ = world(rng, queries=6, strength=1.5)
+        evidence, members_Q = world(rng, queries=6, strength=1.5)
         moved = evidence.client_updates_RCD + shared_RD[:, None]
         scores.append(fed_cosine(moved, evidence.gradients_RQD, 2))
         plain.append(MEMBERSHIP.get("update_cosine").function(moved[:, 2], evidence.gradients_RQD))
