@@ -187,6 +187,9 @@ def test_the_last_block_is_cut_where_the_head_reads_the_first_token(tuned, token
         with first_token_only(module, examples) as cut:
             assert cut
             part = examples.logits(module, examples.batch(rows))
+            asking = module.base_model.model.bert.encoder.layer[-1].attention.self.config._attn_implementation
+            assert asking == "privfed_first_token"
+        assert module.base_model.model.bert.encoder.layer[-1].attention.self.config is module.base_model.model.config
         assert widths[-1] == 1
         torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
         examples.logits(module, examples.batch(rows))
