@@ -279,7 +279,10 @@ def _fits(config: RunConfig) -> bool:
     if not here:
         return False
     from privfed.federation.structure import check_structure
+    from privfed.models.loading import check_conversations
 
+    if config.data.messages is not None:
+        check_conversations(config.model)
     return check_structure(config)
 
 
