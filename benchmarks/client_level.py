@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shared_work import append_row, find_file, interval, read_rows, share_frozen_work
+from shared_work import append_row, find_file, interval, read_rows, share_frozen_work, subset
 
 STORE = Path(__file__).with_name("client_level.jsonl")
 FILES = ("stackexchange_train.jsonl.gz", "stackexchange_test.jsonl.gz")
@@ -159,36 +158,34 @@ def key(variant: str, clip: float, seed: int, options: argparse.Namespace) -> di
     }
 
 
-def memory(clients: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train on the same rows in the hands of so many clients; return this process's peak memory."""
+def memory(clients: int, source: Path) -> dict[str, Any]:
+    """Train on the same rows in the hands of so many clients; return this process's peak memory so far."""
     from privfed.config import load_config
     from privfed.run import train
 
     with tempfile.TemporaryDirectory() as folder:
         settings = [
-            f"data.path={find_file(options.source, MEMORY_FILES[0])}",
-            f"data.test_path={find_file(options.source, MEMORY_FILES[1])}",
+            f"data.path={find_file(source, MEMORY_FILES[0])}",
+            f"data.test_path={subset(find_file(source, MEMORY_FILES[1]), 64, Path(folder))}",
             f"partition.clients={clients}",
             f"ledger.path={folder}/ledger.sqlite",
             *MEMORY,
         ]
         started = time.perf_counter()
-        train(load_config("sst2", settings), out=Path(folder) / "run")
+        config = load_config("sst2", settings)
+        train(config, out=Path(folder) / "run")
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"clients": clients, "cohort": 100, "peak_mib": round(peak), "seconds": round(seconds, 1)}
+    return {"clients": clients, "rows": config.data.limit, "peak_mib": round(peak), "seconds": round(seconds, 1)}
 
 
-def memory_table(options: argparse.Namespace) -> str:
-    """Run each number of clients in a process of its own; return the table, as Markdown."""
-    lines = ["| clients | cohort | peak memory (MiB) | seconds |", "|---|---|---|---|"]
-    for clients in options.memory:
-        command = [sys.executable, __file__, "--data", str(options.source), "--memory-of", str(clients)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        row = json.loads(done.stdout.splitlines()[-1])
-        lines.append(f"| {row['clients']:,} | {row['cohort']} | {row['peak_mib']:,} | {row['seconds']} |")
+def memory_table(numbers: list[int], source: Path) -> str:
+    """Run each number of clients, few first, in this process, whose peak can only rise; return it as Markdown."""
+    lines = ["| clients | rows | peak memory (MiB) | seconds |", "|---|---|---|---|"]
+    for clients in sorted(numbers):
+        row = memory(clients, source)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        lines.append(f"| {row['clients']:,} | {row['rows']:,} | {row['peak_mib']:,} | {row['seconds']} |")
     return "\n".join(lines)
 
 
@@ -222,10 +219,9 @@ def main() -> None:
     parser.add_argument("--only", choices=VARIANTS, action="append", help="run only this variant (may be repeated)")
     parser.add_argument("-s", "--set", action="append", default=[], help="a further override of the preset, key=value")
     parser.add_argument("--memory", type=int, nargs="+", help="peak memory with so many clients, instead of the cells")
-    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory_of or options.memory:
-        print(json.dumps(memory(options.memory_of, options)) if options.memory_of else memory_table(options))
+    if options.memory:
+        print(memory_table(options.memory, options.source))
         return
     if options.source:
         done = [{name: row[name] for name in key("", 1.0, 0, options)} for row in read_rows(STORE)]
