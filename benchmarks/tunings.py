@@ -20,247 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shared_work import append_row, find_file, interval, read_rows, share_frozen_work, subset
+from tuning_cells import DATA, MAIN, SEARCHED, SEARCHED_HEADS, WAYS, settings_of
 
 STORE = Path(__file__).with_name("tunings.jsonl")
 CACHE = Path("runs/tunings")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Data:
-    """One data set.
-
-    Attributes:
-        preset: The preset whose model, data, partition and warm start are taken.
-        files: Training and test file, and of how many rows each a fixed subset is taken (0 for all).
-        settings: Overrides of the preset.
-        blocks: Which transformer blocks are tuned; empty for all, by each tuning's own default.
-        targets: Names of the query and value layers.
-        unit: The privacy unit.
-        metric: What is shown.
-    """
-
-    preset: str
-    files: tuple[tuple[str, int], tuple[str, int]]
-    settings: tuple[str, ...]
-    blocks: tuple[int, ...] = ()
-    targets: tuple[str, ...] = ("query", "value")
-    unit: str = "example"
-    metric: str = "accuracy"
-
-
-DATA = {
-    "sst2": Data(
-        preset="sst2",
-        files=(("sst2_train.jsonl.gz", 8000), ("sst2_dev.jsonl.gz", 0)),
-        settings=(
-            "data.limit=unset",
-            "partition.clients=10",
-            "client.sampling_probability=0.06",
-            "server.rounds=10",
-            "head_warm_start.rounds=20",
-            "head_warm_start.server_learning_rate=0.1",
-        ),
-        blocks=(5,),
-    ),
-    "medquad": Data(
-        preset="medquad",
-        files=(("medquad_train.jsonl.gz", 3000), ("medquad_test.jsonl.gz", 800)),
-        settings=(
-            "model.max_length=40",
-            "client.sampling_probability=0.1",
-            "server.rounds=8",
-            "head_warm_start.rounds=20",
-        ),
-        blocks=(5,),
-    ),
-    "stackexchange": Data(
-        preset="stackexchange",
-        files=(("stackexchange_train.jsonl.gz", 0), ("stackexchange_test.jsonl.gz", 800)),
-        settings=(
-            "model.max_length=32",
-            "server.rounds=8",
-            "client.local_steps=1",
-            "head_warm_start.name=dp_probe",
-            "head_warm_start.rounds=25",
-            "head_warm_start.optimizer=sgd",
-            "head_warm_start.learning_rate=1.0",
-            "head_warm_start.local_steps=2",
-            "head_warm_start.server_learning_rate=2.0",
-            "privacy.mechanism=gaussian",
-        ),
-        blocks=(5,),
-        unit="client",
-    ),
-    "shakespeare": Data(
-        preset="shakespeare",
-        files=(("shakespeare_train.jsonl.gz", 0), ("shakespeare_test.jsonl.gz", 500)),
-        settings=(
-            "partition.clients=10",
-            "client.sampling_probability=0.1",
-            "server.rounds=12",
-            "evaluate.generate=0",
-        ),
-        targets=("q_proj", "v_proj"),
-        metric="perplexity",
-    ),
-    "pneumonia": Data(
-        preset="pneumonia",
-        files=(("pneumoniamnist_train.safetensors", 0), ("pneumoniamnist_test.safetensors", 0)),
-        settings=(
-            "client.sampling_probability=0.25",
-            "server.rounds=12",
-            "head_warm_start.rounds=10",
-            "privacy.target_delta=1e-4",
-        ),
-        targets=("q_proj", "v_proj"),
-    ),
-}
-COMMON = [
-    "client.optimizer=sgd",
-    "client.learning_rate=1.0",
-    "client.local_steps=1",
-    "client.physical_batch_size=128",
-    "server.optimizer=adam",
-    "server.momentum=0.0",
-    "server.evaluate_clients=10",
-]
-PLAIN = ["privacy.unit=none", "privacy.target_epsilon=unset", "secagg.name=none", "server.weighting=examples"]
-# one share of the noise from each client: the sum has about the noise that one trusted server would add
-DISTRIBUTED = ["privacy.placement=distributed", "server.weighting=uniform", "secagg.dropped=0.2"]
-# the whole noise from each client: for the rules that distributed noise does not take, and what they are compared with
-LOCAL = ["privacy.placement=local", "server.weighting=examples"]
-CENTRAL = ["privacy.placement=central"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """One row of the tables.
-
-    Attributes:
-        name: ``tuning.name``.
-        family: Which learning rate it takes.
-        options: Of the tuning, by key.
-        rule: ``server.aggregation``.
-        local: Whether its private run has the whole noise on each client.
-        short: For a model of which only some blocks are tuned: how the tuning is told so. ``targets``: by name and
-            number of block; ``names``: by the patterns below; ``all``: it cannot be told and takes all blocks.
-        meter: Whether the meter of averaged factors runs along (not with distributed noise).
-    """
-
-    name: str
-    family: str
-    options: dict[str, Any] = field(default_factory=dict)
-    rule: str = "fedavg"
-    local: bool = False
-    short: str = "targets"
-    meter: bool = False
-
-
-WAYS = {
-    "head": Way(name="head", family="head", short="all"),
-    "ffa_lora": Way(name="ffa_lora", family="low rank", meter=True),
-    "lora (FedIT)": Way(name="lora", family="low rank", meter=True),
-    "fed_sb": Way(name="fed_sb", family="low rank", options={"r": 16}, meter=True),
-    "bitfit": Way(name="bitfit", family="vectors", short="names"),
-    "ia3": Way(name="ia3", family="vectors", short="names"),
-    "adapter (Houlsby)": Way(name="adapter", family="low rank", options={"bottleneck": 16}, short="names"),
-    "full": Way(name="full", family="whole", short="names"),
-    "rolora, local noise": Way(name="lora", family="low rank", rule="rolora", local=True, meter=True),
-    "ffa_lora, local noise": Way(name="ffa_lora", family="low rank", local=True, meter=True),
-    "lora (FedIT), local noise": Way(name="lora", family="low rank", local=True, meter=True),
-    "fedsa_lora, local noise": Way(name="lora", family="low rank", rule="fedsa_lora", local=True),
-    "dora": Way(name="dora", family="low rank"),
-    "rslora": Way(name="rslora", family="low rank"),
-    "vera": Way(name="vera", family="vectors", options={"r": 64}),
-    "ln_tuning": Way(name="ln_tuning", family="vectors", short="names"),
-    "oft": Way(name="oft", family="low rank"),
-    "boft": Way(name="boft", family="low rank"),
-    "prefix_tuning": Way(name="prefix_tuning", family="prompts", options={"num_virtual_tokens": 8}, short="all"),
-    "prompt_tuning": Way(name="prompt_tuning", family="prompts", options={"num_virtual_tokens": 8}, short="all"),
-}
-# Adam's on the server, by family and whether there is privacy: the best of three on PneumoniaMNIST, seed 0 (--search),
-# with the first tuning of the family; prompts were not searched. Private heads take the presets' own of the warm start
-RATES = {
-    True: {"low rank": 1e-2, "vectors": 1e-2, "whole": 3e-3, "prompts": 1e-2},
-    False: {"low rank": 3e-3, "vectors": 3e-3, "whole": 1e-3, "prompts": 1e-2},
-}
-HEAD_RATES = {
-    True: {"sst2": 0.05, "medquad": 0.3, "stackexchange": 0.05, "pneumonia": 0.1},
-    False: {"sst2": 0.03, "medquad": 0.03, "stackexchange": 0.03, "pneumonia": 0.03},
-}
-SEARCHED = {"low rank": (1e-3, 3e-3, 1e-2), "vectors": (1e-3, 3e-3, 1e-2), "whole": (3e-4, 1e-3, 3e-3)}
-SEARCHED_HEADS = (0.01, 0.03, 0.1)
-# parts of BERT's block {} for tunings that are told by name
-NAMES: dict[str, dict[str, list[str]]] = {
-    "ia3": {
-        "target_modules": ["layer.{}.attention.self.key", "layer.{}.attention.self.value", "layer.{}.output.dense"],
-        "feedforward_modules": ["layer.{}.output.dense"],
-    },
-    "adapter": {"target_modules": ["layer.{}.attention.output.dense", "layer.{}.output.dense"]},
-    "ln_tuning": {"target_modules": ["layer.{}.attention.output.LayerNorm", "layer.{}.output.LayerNorm"]},
-    "bitfit": {"select": ["layer.{}.*.bias"]},
-    "full": {"select": ["layer.{}.*"]},
-}
-
-
-def tuning_settings(way: Way, data: Data) -> list[str]:
-    """Return the overrides that choose what is trained."""
-    name, options = way.name, dict(way.options)
-    if data.blocks and way.short == "names":
-        blocks = {key: [p.format(b) for b in data.blocks for p in parts] for key, parts in NAMES[name].items()}
-        options |= blocks
-        name = "select" if "select" in blocks else name
-    elif way.short == "targets":
-        options["target_modules"] = list(data.targets)
-        if data.blocks:
-            options["layers_to_transform"] = list(data.blocks)
-    return [f"tuning.name={name}", *(f"tuning.{key}={json.dumps(value)}" for key, value in options.items())]
-
-
-def settings_of(label: str, data_name: str, epsilon: float | None, rate: float | None) -> list[str]:
-    """Return all overrides of a cell but its files and seed."""
-    way, data = WAYS[label], DATA[data_name]
-    private = epsilon is not None
-    rate = rate or (HEAD_RATES[private].get(data_name) if way.family == "head" else RATES[private][way.family])
-    rate = rate or 0.01  # a head where the task has none: refused
-    if epsilon is None:
-        privacy = [*PLAIN, *warm_rate(way, data_name)]
-    else:
-        placed = CENTRAL if data.unit == "client" else LOCAL if way.local else DISTRIBUTED
-        privacy = [f"privacy.target_epsilon={epsilon}", *placed]
-    metered = way.meter and (epsilon is None or (way.local and data.unit == "example"))
-    return [
-        *COMMON,
-        *data.settings,
-        *tuning_settings(way, data),
-        f"server.aggregation={way.rule}",
-        f"server.learning_rate={rate}",
-        f"server.meter={json.dumps(metered)}",
-        "server.evaluate_every=1000",
-        *(head_alone(data) if way.name == "head" else []),
-        *privacy,
-    ]
-
-
-def head_alone(data: Data) -> list[str]:
-    """Return the overrides of a head alone: no warm start, and the whole budget for the steps that a warm start takes.
-
-    Its features are computed once, so all examples take part in each of its steps.
-    """
-    steps = ["server.rounds=30"] if data.unit == "client" else ["server.rounds=30", "client.sampling_probability=1.0"]
-    return ["head_warm_start.name=none", "client.physical_batch_size=1024", *steps]
-
-
-def warm_rate(way: Way, data_name: str) -> list[str]:
-    """Return the override of a warm start without noise: Adam's step there as of a head alone, without privacy."""
-    if data_name not in HEAD_RATES[False] or way.name == "head" or data_name == "stackexchange":
-        return []
-    return [f"head_warm_start.server_learning_rate={HEAD_RATES[False][data_name]}"]
 
 
 def model_of(data_name: str, source: Path) -> list[str]:
@@ -366,7 +133,7 @@ def value_of(row: dict[str, Any]) -> float | None:
 
 def table(data_name: str, rows: list[dict[str, Any]]) -> str:
     """Return a data set's table, as Markdown."""
-    mine = [row for row in rows if row["data"] == data_name and row["rate"] is None]
+    mine = [row for row in rows if row["data"] == data_name and row["rate"] is None and row["target_epsilon"] in MAIN]
     epsilons = sorted({row["target_epsilon"] for row in mine}, key=lambda e: -1 if e is None else -e)
     heads = ["no privacy" if epsilon is None else f"epsilon {epsilon:g}" for epsilon in epsilons]
     lines = [f"| {data_name} | {' | '.join(heads)} | trained | kB up |", "|---" * (len(heads) + 3) + "|"]
@@ -391,6 +158,22 @@ def cell(found: list[dict[str, Any]]) -> str:
     if not values:
         return "not run" if not found else "no figure"
     return interval(values, 2 if DATA[found[0]["data"]].metric == "perplexity" else 3)
+
+
+def comparison(rows: list[dict[str, Any]]) -> str:
+    """Return FFA-LoRA against FedIT where each client adds its whole noise, as Markdown."""
+    names = [f"{name}, local noise" for name in ("ffa_lora", "lora (FedIT)")]
+    mine = [row for row in rows if row["tuning"] in names and row["rate"] is None and row["target_epsilon"]]
+    groups = sorted({(row["data"], -row["target_epsilon"]) for row in mine})
+    lines = [f"| data | epsilon | {' | '.join(names)} | difference, seed by seed |", "|---|---|---|---|---|"]
+    for data, minus in groups:
+        found = [{row["seed"]: value_of(row) for row in mine if key(row)[:3] == (name, data, -minus)} for name in names]
+        both = sorted(found[0].keys() & found[1].keys())
+        cells = [interval([float(each[seed] or 0) for seed in both]) for each in found if both]
+        gaps = [float(found[0][seed] or 0) - float(found[1][seed] or 0) for seed in both]
+        if both:
+            lines.append(f"| {data} | {-minus:g} | {' | '.join(cells)} | {interval(gaps)} |")
+    return "\n".join(lines)
 
 
 def meters(rows: list[dict[str, Any]]) -> str:
@@ -424,7 +207,15 @@ def main() -> None:
             append_row(STORE, row)
             print(json.dumps(row), file=sys.stderr, flush=True)
     rows = read_rows(STORE)
-    print("\n\n".join([*(table(name, rows) for name in DATA if any(r["data"] == name for r in rows)), meters(rows)]))
+    print(
+        "\n\n".join(
+            [
+                *(table(name, rows) for name in DATA if any(r["data"] == name for r in rows)),
+                comparison(rows),
+                meters(rows),
+            ]
+        )
+    )
 
 
 if __name__ == "__main__":
