@@ -3,6 +3,7 @@
     python benchmarks/client_level.py --data DIR                 # DIR holds the two files named in FILES
     python benchmarks/client_level.py --data DIR --tuning ffa_lora --rounds 60
     python benchmarks/client_level.py --data DIR --clips 0.1 1 10   # how much a badly chosen clip costs
+    python benchmarks/client_level.py --data DIR --memory 100 1000 10000   # peak memory by number of clients
     python benchmarks/client_level.py                            # print the table of everything run so far
 
 Every cell is the preset "stackexchange" (1,727 users, cohorts of 100) with one mechanism, run as ``privfed train`` runs
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from results import share_frozen_work
+from shared_work import append_row, find_file, interval, read_rows, share_frozen_work, subset
 
 STORE = Path(__file__).with_name("client_level.jsonl")
 FILES = ("stackexchange_train.jsonl.gz", "stackexchange_test.jsonl.gz")
@@ -41,6 +41,24 @@ LORA = [
     "head_warm_start.server_learning_rate=2.0",
     "client.learning_rate=0.1",
     "client.physical_batch_size=16",
+]
+
+MEMORY_FILES = ("sst2_train.jsonl.gz", "sst2_dev.jsonl.gz")
+MEMORY = [
+    "partition.name=iid",
+    "tuning.layers_to_transform=[5]",
+    "head_warm_start.name=none",
+    "client.learning_rate=0.1",
+    "client.sampling_probability=unset",
+    "client.batch_size=8",
+    "server.weighting=uniform",
+    "server.rounds=2",
+    "server.evaluate_every=2",
+    "server.cohort_size=100",
+    "privacy.unit=client",
+    "privacy.placement=central",
+    "secagg.name=none",
+    "model.cache_frozen_gib=0",
 ]
 
 
@@ -84,8 +102,8 @@ def settings_of(variant: str, options: argparse.Namespace, clients: int) -> list
 def base(options: argparse.Namespace, clip: float, seed: int) -> list[str]:
     """Return the overrides that all variants share."""
     found = [
-        f"data.path={options.source / FILES[0]}",
-        f"data.test_path={options.source / FILES[1]}",
+        f"data.path={find_file(options.source, FILES[0])}",
+        f"data.test_path={find_file(options.source, FILES[1])}",
         f"server.rounds={options.rounds}",
         f"server.cohort_size={options.cohort}",
         f"server.evaluate_every={options.rounds}",
@@ -140,28 +158,50 @@ def key(variant: str, clip: float, seed: int, options: argparse.Namespace) -> di
     }
 
 
-def rows() -> list[dict[str, Any]]:
-    """Return the finished cells."""
-    return [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
+def memory(clients: int, source: Path) -> dict[str, Any]:
+    """Train on the same rows in the hands of so many clients; return this process's peak memory so far."""
+    from privfed.config import load_config
+    from privfed.run import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [
+            f"data.path={find_file(source, MEMORY_FILES[0])}",
+            f"data.test_path={subset(find_file(source, MEMORY_FILES[1]), 64, Path(folder))}",
+            f"partition.clients={clients}",
+            f"ledger.path={folder}/ledger.sqlite",
+            *MEMORY,
+        ]
+        started = time.perf_counter()
+        config = load_config("sst2", settings)
+        train(config, out=Path(folder) / "run")
+        seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"clients": clients, "rows": config.data.limit, "peak_mib": round(peak), "seconds": round(seconds, 1)}
+
+
+def memory_table(numbers: list[int], source: Path) -> str:
+    """Run each number of clients, few first, in this process, whose peak can only rise; return it as Markdown."""
+    lines = ["| clients | rows | peak memory (MiB) | seconds |", "|---|---|---|---|"]
+    for clients in sorted(numbers):
+        row = memory(clients, source)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        lines.append(f"| {row['clients']:,} | {row['rows']:,} | {row['peak_mib']:,} | {row['seconds']} |")
+    return "\n".join(lines)
 
 
 def table() -> str:
     """Return the table of the finished cells, as Markdown."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     names = ("tuning", "epsilon", "rounds", "cohort", "clients", "clip", "variant")
-    for row in rows():
+    for row in read_rows(STORE):
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    lines = [f"| {' | '.join(names)} | accuracy | macro F1 | runs |", "|---" * (len(names) + 3) + "|"]
+    lines = [f"| {' | '.join(names)} | accuracy | macro F1 |", "|---" * (len(names) + 2) + "|"]
     for group, found in groups.items():
-        cells = []
-        for score in ("accuracy", "macro_f1"):
-            values = [row[score] for row in found]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}")
+        cells = [interval([row[score] for row in found]) for score in ("accuracy", "macro_f1")]
         shown = ["-" if value is None else f"{value:g}" if isinstance(value, float) else str(value) for value in group]
-        lines.append(f"| {' | '.join([*shown, *cells, str(len(found))])} |")
-    if rows():
-        lines.append(f"\nMajority class: {rows()[-1]['majority']:.3f}")
+        lines.append(f"| {' | '.join([*shown, *cells])} |")
+    if groups:
+        lines.append(f"\nMajority class: {read_rows(STORE)[-1]['majority']:.3f}")
     return "\n".join(lines)
 
 
@@ -178,9 +218,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="train on so many rows only, to try it out")
     parser.add_argument("--only", choices=VARIANTS, action="append", help="run only this variant (may be repeated)")
     parser.add_argument("-s", "--set", action="append", default=[], help="a further override of the preset, key=value")
+    parser.add_argument("--memory", type=int, nargs="+", help="peak memory with so many clients, instead of the cells")
     options = parser.parse_args()
+    if options.memory:
+        print(memory_table(options.memory, options.source))
+        return
     if options.source:
-        done = [{name: row[name] for name in key("", 1.0, 0, options)} for row in rows()]
+        done = [{name: row[name] for name in key("", 1.0, 0, options)} for row in read_rows(STORE)]
         with tempfile.TemporaryDirectory() as shared:
             share_frozen_work(shared)
             for seed in range(1, options.seeds + 1):
@@ -189,8 +233,7 @@ def main() -> None:
                         if key(variant, clip, seed, options) in done:
                             continue
                         row = run_cell(variant, clip, seed, options)
-                        with STORE.open("a") as file:
-                            file.write(json.dumps(row) + "\n")
+                        append_row(STORE, row)
                         print(json.dumps(row), file=sys.stderr, flush=True)
     print(table())
 

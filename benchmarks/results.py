@@ -11,18 +11,17 @@ in benchmarks/results.jsonl and not run again.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from shared_work import append_row, read_rows, share_frozen_work
 
 STORE = Path(__file__).with_name("results.jsonl")
 PRESETS = {"pydoc": "demo", "sst2": "sst2", "banking77": "banking77"}
@@ -76,45 +75,6 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
 }
 
 
-def share_frozen_work(folder: str) -> None:
-    """Let cells share what does not depend on them: states of the frozen blocks over one data set.
-
-    They are a function of the base model and the texts alone, and are replayed bit for bit.
-    """
-    import torch
-
-    from privfed.federation import workbench
-    from privfed.models import prefix
-
-    torch.set_num_threads(1)
-    compute, features = prefix.FrozenPrefix.compute, workbench.head_features
-
-    def once(name: str, examples: Any, make: Callable[[], Any]) -> Any:
-        path = Path(folder) / f"{name}-{hashlib.sha256(examples.lengths.tobytes()).hexdigest()[:16]}.pt"
-        if path.exists():
-            return torch.load(path, weights_only=False)
-        found = make()
-        torch.save(found, path.with_suffix(f".{os.getpid()}"))
-        path.with_suffix(f".{os.getpid()}").replace(path)
-        return found
-
-    def shared_states(self: Any, module: Any, examples: Any, size: int = 64) -> Any:
-        return once(f"prefix-{self.depth}", examples, lambda: compute(self, module, examples, size))
-
-    def shared_features(module: Any, head: Any, examples: Any, size: int = 64) -> Any:
-        def make() -> Any:
-            found = features(module, head, examples, size)
-            return found and (found._features, found.labels)
-
-        tensors = once("features", examples, make)
-        return tensors and FeatureExamples(*tensors)
-
-    from privfed.models.examples import FeatureExamples
-
-    prefix.FrozenPrefix.compute = shared_states  # type: ignore[method-assign]
-    workbench.head_features = shared_features
-
-
 def run_cell(data: str, variant: str, seed: int, source: Path | None) -> dict[str, Any]:
     """Run one cell through the same function as ``privfed train`` and return its row."""
     from privfed.config import load_config
@@ -132,16 +92,9 @@ def run_cell(data: str, variant: str, seed: int, source: Path | None) -> dict[st
         return row | {"config_digest": receipt["config_digest"]}
 
 
-def rows() -> list[dict[str, Any]]:
-    """Return the finished cells."""
-    if not STORE.exists():
-        return []
-    return [json.loads(line) for line in STORE.read_text().splitlines()]
-
-
 def table() -> str:
     """Return the table of the finished cells, as Markdown."""
-    found = rows()
+    found = read_rows(STORE)
     lines = ["| data | majority | " + " | ".join(VARIANTS) + " |", "|---|---|" + "---|" * len(VARIANTS)]
     for data in PRESETS:
         mine = [r for r in found if r["data"] == data]
@@ -165,7 +118,7 @@ def main() -> None:
     parser.add_argument("--only", help="run only this variant")
     options = parser.parse_args()
     if options.data:
-        done = {(r["data"], r["variant"], r["seed"]) for r in rows()}
+        done = {(r["data"], r["variant"], r["seed"]) for r in read_rows(STORE)}
         todo = [
             (data, variant, seed)
             for seed in range(1, options.seeds + 1)
@@ -181,8 +134,7 @@ def main() -> None:
         ):
             for finished in as_completed([pool.submit(run_cell, *cell, options.source) for cell in todo]):
                 row = finished.result()
-                with STORE.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_row(STORE, row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
     print(table())
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from privfed.config import RunConfig
     from privfed.types import View
 
+UNCHECKED = "; its model is not here, or reads its weights to tell: whether the tuning fits it, a run will say"
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, errors included.")
 set_option = click.option(
@@ -284,8 +285,9 @@ def config_validate(source: str, settings: tuple[str, ...], as_json: bool) -> No
 
         found = _config(source, settings)
         check(found.tuning, found.model.task)
-        _say(as_json, f"{source} is valid (digest {found.digest()[:12]})")
-        return {"valid": True, "digest": found.digest()}
+        fits = _fits(found)
+        _say(as_json, f"{source} is valid (digest {found.digest()[:12]}){'' if fits else UNCHECKED}")
+        return {"valid": True, "digest": found.digest(), "model_checked": fits}
 
     _run(body, as_json)
 
@@ -305,6 +307,25 @@ def config_diff(left: str, right: str, as_json: bool) -> None:
         return {"differences": found}
 
     _run(body, as_json)
+
+
+def _fits(config: RunConfig) -> bool:
+    """Ask the model's shape whether tuning and rule fit it; return False where the model is not here to ask."""
+    from privfed.errors import ModelError
+    from privfed.models import resolve
+
+    try:
+        here = resolve(config.model).local
+    except ModelError:
+        here = False
+    if not here:
+        return False
+    from privfed.federation.structure import check_structure
+    from privfed.models.loading import check_conversations
+
+    if config.data.messages is not None:
+        check_conversations(config.model)
+    return check_structure(config)
 
 
 def _config(source: str, settings: tuple[str, ...]) -> RunConfig:

@@ -23,7 +23,7 @@ from privfed.config import RunConfig, differences, parse_config
 from privfed.errors import BudgetExceededError, ConfigError, PrivfedError, ResumeError
 from privfed.federation import folder as folders
 from privfed.federation import material as materials
-from privfed.federation import recorder, saving, sentinels, setup, workbench
+from privfed.federation import recorder, saving, sentinels, setup, structure, workbench
 from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.client import Holder
 from privfed.federation.engines.in_process import Outcome, run_phases
@@ -80,6 +80,7 @@ def train(config: RunConfig, *, out: Path, resume: bool = False, progress: Progr
     watch = progress or Silent()
     started = time.perf_counter()
     materials.check_before_data(config)
+    structure.check_structure(config)
     run_folder = _open_folder(config, out, resume=resume)
     if (run_folder.path / "receipt.json").exists():
         return _finish_again(config, run_folder)

@@ -243,6 +243,11 @@ class RunConfig(Table):
                 f"privacy.mechanism = {name!r} correlates the noise of one round with the next and "
                 f'server.aggregation = {self.server.rule!r} sends other values in each; use "gaussian"'
             )
+        if self.server.meter and name != "gaussian":
+            raise ValueError(
+                f"server.meter = true with privacy.mechanism = {name!r}: the meter reads noise of one size; "
+                'use mechanism = "gaussian", or meter = false'
+            )
         known = mechanism.codecs
         if known is not None and codec not in known:
             raise ValueError(

@@ -192,8 +192,12 @@ def test_config_validate(privfed, tmp_path):
     status, out, _ = privfed("config", "validate", "base.toml", "--json")
     assert (status, one_object(out)) == (
         0,
-        {"valid": True, "digest": load_config(str(tmp_path / "base.toml")).digest()},
+        {"valid": True, "digest": load_config(str(tmp_path / "base.toml")).digest(), "model_checked": True},
     )
+    wrong = ("-s", 'tuning.target_modules=["qurey"]')
+    failed(privfed("config", "validate", "base.toml", *wrong, "--json"), "ModelError", 2)
+    status, out, _ = privfed("config", "validate", "base.toml", *wrong, "-s", "model.name=not/here")
+    assert status == 0 and "its model is not here" in out
     status, out, err = privfed("config", "validate", "base.toml", "-s", "privacy.target_epsilon=0")
     assert (status, out) == (2, "") and err.startswith("Error: base.toml: privacy: target_epsilon is 0.0")
     failed(privfed("config", "validate", "base.toml", "-s", "privacy.target_epsilon=0", "--json"), "ConfigError", 2)

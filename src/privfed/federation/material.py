@@ -34,7 +34,7 @@ def check_before_data(config: RunConfig) -> None:
     """Find what can be found wrong without reading any data.
 
     Raises:
-        ModelError: If the model is not there.
+        ModelError: If the model or the device is not there.
         ConfigError: If two tables contradict each other, the tuning's options cannot hold, or a package that is
             asked for is not there.
     """
@@ -43,6 +43,10 @@ def check_before_data(config: RunConfig) -> None:
         from privfed.models.loading import check_available  # loads transformers, which a local model does not need yet
 
         check_available(config.model)
+    if config.model.device != "auto":
+        from privfed.models.loading import find_device
+
+        find_device(config.model.device)
     if config.evaluate.generate:
         from privfed.federation.generation import check_generation
 

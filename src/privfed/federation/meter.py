@@ -98,7 +98,7 @@ class Meter:
             size: Its number of examples.
         """
         tensors = {**self.frozen, **carried, **tensors_of(self.sharing.layout, params_D)}
-        for pair in self.metered():
+        for pair in metered(self.sharing):
             a_RN, b_MR = a_of(tensors, pair), b_of(tensors, pair)
             found = [weight * b_MR @ a_RN, weight * b_MR, weight * a_RN]
             sums = self._sums.get(pair)
@@ -136,10 +136,23 @@ class Meter:
         variance = self.central**2 + self._variance / self._weight**2
         return math.sqrt(sum(sizes)) * variance
 
-    def metered(self) -> Sequence[Pair]:
-        """Return the pairs of which neither factor stays with a client: the others are not averaged."""
-        personal = set(self.sharing.personal.names)
-        return [pair for pair in self.sharing.pairs if not {pair.a, pair.b, pair.core} & personal]
+
+def metered(sharing: Sharing) -> Sequence[Pair]:
+    """Return the pairs of which neither factor stays with a client: the others are not averaged."""
+    personal = set(sharing.personal.names)
+    return [pair for pair in sharing.pairs if not {pair.a, pair.b, pair.core} & personal]
+
+
+def check_meter(sharing: Sharing) -> None:
+    """Check that there is anything to compare.
+
+    Raises:
+        ConfigError: If there is no pair whose factors are averaged.
+    """
+    if not metered(sharing):
+        raise ConfigError(
+            "server.meter compares averages of LoRA factors, and no pair of this run is averaged: set meter = false."
+        )
 
 
 def make_meter(sharing: Sharing, trainer: LocalTrainer, central: float | None) -> Callable[[], Meter]:
@@ -160,10 +173,7 @@ def make_meter(sharing: Sharing, trainer: LocalTrainer, central: float | None) -
     def make() -> Meter:
         return Meter(sharing=sharing, frozen=frozen, deviation=_deviation(trainer), central=central)
 
-    if not make().metered():
-        raise ConfigError(
-            "server.meter compares averages of LoRA factors, and no pair of this run is averaged: set meter = false."
-        )
+    check_meter(sharing)
     return make
 
 

@@ -95,7 +95,7 @@ def make_stages(
                 if config.privacy.is_distributed
                 else plan.noise_multiplier * phase_plan.noise_scale,
             )
-        sharing = _sharing(config, module, prefix, client, server)
+        sharing = sharing_of(config, module, prefix, client, server)
         trainer = LocalTrainer(module, prefix, train, client, dp)
         phase = _phase(config, material, phase_plan, server, sharing, trainer, plan, holder, own)
         if transcript is not None:
@@ -118,10 +118,15 @@ def _fairness(config: RunConfig, material: Material) -> Fairness | None:
     )
 
 
-def _sharing(
+def sharing_of(
     config: RunConfig, module: nn.Module, prefix: str | None, client: ClientConfig, server: ServerConfig
 ) -> Sharing:
-    """Return how the trained tensors are shared out; tensors that the server carries are frozen from here on."""
+    """Return how the trained tensors are shared out; tensors that the server carries are frozen from here on.
+
+    Raises:
+        ConfigError: If ``server.personal`` or the rule does not fit what is trained.
+        ModelError: If the model's pairs are not what the rule computes with.
+    """
     rule = made(server.aggregation)
     pairs = find_pairs(module) if rule.takes is not None or server.meter else ()
     check_pairs(module, rule, pairs, server.rule)
@@ -230,18 +235,11 @@ def _noise(central: AtWork | None, codec: Codec, phase: PhasePlan) -> float | No
     """Return the standard deviation of the server's noise in a value of an average, for the meter.
 
     None where the codec does something with a noised sum before values come of it.
-
-    Raises:
-        ConfigError: If the noise is not independent from round to round.
     """
-    if central is None:
+    if not isinstance(central, GaussianAtWork):  # the configuration takes the meter with no other mechanism
         return 0.0
     if codec.properties.needs_context or not codec.properties.linear:
         return None
-    if not isinstance(central, GaussianAtWork):
-        raise ConfigError(
-            'server.meter with client-level privacy reads independent noise: use privacy.mechanism = "gaussian".'
-        )
     return central.noise_multiplier * central.sensitivity / phase.cohort_size
 
 

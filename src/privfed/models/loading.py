@@ -111,6 +111,25 @@ def check_conversations(config: ModelConfig) -> None:
     check_chat_template(tokenizer)
 
 
+def load_skeleton(config: ModelConfig) -> LoadedModel:
+    """Return the model without values (torch's "meta" tensors) and without tokenizer: what fits it can be found out.
+
+    Only the configuration file is read. A classifier has two classes, whatever the data will say.
+
+    Raises:
+        ModelError: If the configuration cannot be had.
+    """
+    import torch
+    import transformers
+
+    source = resolve(config)
+    labels = () if config.task == "causal_lm" else ("0", "1")
+    with quiet_transformers(), _explained(config, source), torch.device("meta"):
+        settings = _settings(source, config, labels)
+        model: nn.Module = getattr(transformers, TASKS[config.task].auto_class).from_config(settings)
+    return LoadedModel(model=model, task=config.task, source=source, num_labels=len(labels))
+
+
 def find_device(wanted: str) -> torch.device:
     """Return the device that ``model.device`` names; ``auto`` is the fastest there is.
 
@@ -160,16 +179,7 @@ def _load_weights(source: ModelSource, config: ModelConfig, labels: tuple[str, .
     import torch
     import transformers
 
-    settings = transformers.AutoConfig.from_pretrained(
-        source.location, revision=config.revision, trust_remote_code=False
-    )
-    for key, value in settings.to_dict().items():
-        if ("drop" in key or "pdrop" in key) and isinstance(value, float):
-            setattr(settings, key, config.dropout)
-    if labels:
-        settings.id2label = dict(enumerate(labels))
-        settings.label2id = {label: index for index, label in enumerate(labels)}
-        settings.problem_type = "single_label_classification"
+    settings = _settings(source, config, labels)
     loader = getattr(transformers, TASKS[config.task].auto_class)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -189,6 +199,23 @@ def _load_weights(source: ModelSource, config: ModelConfig, labels: tuple[str, .
             renew_head(model, missing=info["missing_keys"], mismatched=mismatched, name=config.name)
     found: nn.Module = model
     return found
+
+
+def _settings(source: ModelSource, config: ModelConfig, labels: tuple[str, ...]) -> Any:
+    """Return the model's configuration with the run's dropout and classes."""
+    import transformers
+
+    settings = transformers.AutoConfig.from_pretrained(
+        source.location, revision=config.revision, trust_remote_code=False
+    )
+    for key, value in settings.to_dict().items():
+        if ("drop" in key or "pdrop" in key) and isinstance(value, float):
+            setattr(settings, key, config.dropout)
+    if labels:
+        settings.id2label = dict(enumerate(labels))
+        settings.label2id = {label: index for index, label in enumerate(labels)}
+        settings.problem_type = "single_label_classification"
+    return settings
 
 
 def _quantized(config: ModelConfig) -> dict[str, Any]:

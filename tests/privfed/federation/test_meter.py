@@ -22,6 +22,7 @@ METER = {"meter": True, "cohort_size": 4}
     [
         ("lora", "fedavg", False),
         ("ffa_lora", "fedavg", True),
+        ("fed_sb", "fedavg", True),
         ("lora", "rolora", True),
         ("lora", "fedsvd", True),
         ("lora", "flexlora", False),
@@ -135,6 +136,27 @@ def test_noise_on_one_factor_has_no_product_and_adams_is_not_known(
     run = federation(**{**tables, "server": {**METER, **tables.get("server", {})}})
     _, report = run.round()
     assert report.meter.noise_product == wanted
+
+
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_fed_sbs_own_tuning_reads_zero_under_privacy_and_its_noise_has_no_product(
+    unit: str, federation: Callable[..., Any]
+) -> None:
+    run = federation(
+        tuning={"name": "fed_sb", "r": 3},
+        privacy={"unit": unit},
+        secagg={"name": "none"},
+        client={"optimizer": "sgd", "learning_rate": 5.0, "local_steps": 2},
+        server=METER,
+    )
+    start_D = run.state.params_D
+    for _ in range(2):
+        _, report = run.round()
+        assert report.meter.relative < 1e-6
+        assert report.meter.noise_product == 0.0
+    cores = [pair.core for pair in run.phase.sharing.pairs]
+    assert cores and set(cores) <= set(run.phase.layout.names)
+    assert not np.array_equal(run.state.params_D, start_D)
 
 
 def test_a_core_between_the_factors_is_averaged_exactly() -> None:
