@@ -163,6 +163,7 @@ class RunConfig(Table):
                 variates=rule.variates,
                 weighted=self.server.weighting == "examples",
                 meter=self.server.meter,
+                layers=bool(self.server.layers),
             ),
         )
         return self
