@@ -61,10 +61,6 @@ class Layers:
         """Return by which share of all clients each of the sent tensors is trained [T]."""
         return np.mean([self.trained(client_id, sent) for client_id in self.by_client], axis=0, dtype=np.float64)
 
-    def groups(self) -> frozenset[frozenset[str]]:
-        """Return the sets of tensors that are trained together."""
-        return frozenset(self.by_client.values())
-
     def refusal(self, clients: Iterable[str], sent: Selection, least: int) -> str | None:
         """Return why a client takes part in no masked sum over these ones; None where each is hidden by others.
 
