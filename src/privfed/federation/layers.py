@@ -59,7 +59,7 @@ class Layers:
 
     def shares(self, sent: Selection) -> NDArray[np.float64]:
         """Return by which share of all clients each of the sent tensors is trained [T]."""
-        return np.mean([self.trained(client_id, sent) for client_id in self.by_client], axis=0, dtype=np.float64)
+        return self._counts(self.by_client, sent) / len(self.by_client)
 
     def refusal(self, clients: Iterable[str], sent: Selection, least: int) -> str | None:
         """Return why a client takes part in no masked sum over these ones; None where each is hidden by others.
@@ -69,7 +69,7 @@ class Layers:
             sent: What is sent.
             least: Fewest clients that may have trained a tensor, if any did.
         """
-        counts_T = np.sum([self.trained(client_id, sent) for client_id in clients], axis=0, dtype=np.int64)
+        counts_T = self._counts(clients, sent)
         few = np.flatnonzero((counts_T > 0) & (counts_T < least))
         if not few.size:
             return None
@@ -77,6 +77,12 @@ class Layers:
             f"{counts_T[few[0]]} of these clients trained {sent.names[few[0]]}, and a masked sum would hide them among "
             f"fewer than {least}"
         )
+
+    def _counts(self, clients: Iterable[str], sent: Selection) -> NDArray[np.int64]:
+        counts_T = np.zeros(len(sent.names), dtype=np.int64)
+        for client_id in clients:
+            counts_T += self.trained(client_id, sent)
+        return counts_T
 
 
 def deal_layers(
@@ -154,7 +160,8 @@ def over_trained(
         sent: The tensors.
     """
     factors_T = np.divide(total, weights_T, out=np.zeros_like(weights_T), where=weights_T > 0)
-    return mean_M * np.repeat(factors_T, sent.layout.sizes)
+    averaged_M: NDArray[np.float64] = mean_M * np.repeat(factors_T, sent.layout.sizes)
+    return averaged_M
 
 
 def moving(weights_T: NDArray[np.float64], sent: Selection) -> Selection:

@@ -61,14 +61,17 @@ def _flags(run: Any, client: str) -> np.ndarray:
     group = run.config.server.layers[place % len(run.config.server.layers)]
     layout = run.phase.layout
     own = [".layer." not in name or any(f".layer.{number}." in name for number in group) for name in layout.names]
-    return np.repeat(own, layout.sizes)
+    return np.array(np.repeat(own, layout.sizes))
 
 
 def _averaged(run: Any, trainers: Mapping[str, Any]) -> np.ndarray:
     """Return the average of each value over those that trained it, by their weights."""
     clients = run.phase.clients
-    top = np.sum([clients[name].weight * each.delta_D.astype(np.float64) for name, each in trainers.items()], axis=0)
-    return top / np.sum([clients[name].weight * _flags(run, name) for name in trainers], axis=0)
+    top: np.ndarray = np.sum(
+        [clients[name].weight * each.delta_D.astype(np.float64) for name, each in trainers.items()], axis=0
+    )
+    below: np.ndarray = np.sum([clients[name].weight * _flags(run, name) for name in trainers], axis=0)
+    return np.array(top / below)
 
 
 class Model(nn.Module):
