@@ -12,7 +12,8 @@ those, and never which clients a sum is made of. It needs no list of who trains 
 *What a sum shows.* A tensor that one survivor trained has that client's update for its sum, whatever else was added: a
 mask hides a client among those that trained the same tensor. So clients, who know from the configuration what each
 client trains, take part in no sum in which any tensor was trained by fewer than two more than may be corrupt (and by
-more than none).
+more than none). Here that is one check of the survivors before anything is unmasked; in a deployment each client has to
+make it of the list that it signs.
 
 *Privacy of examples.* The gradient over the client's own tensors is what is clipped and noised: DP-SGD on a smaller
 model, of the same sensitivity, sampling and steps. The other tensors do not move, whatever the data.
