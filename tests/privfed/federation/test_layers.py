@@ -284,7 +284,12 @@ def test_a_sum_that_is_one_clients_is_not_unmasked(
     before = run.state
     unmasked: list[Any] = []
     close = MaskedLink.close
-    monkeypatch.setattr(MaskedLink, "close", lambda link: (unmasked.append(link.sent), close(link))[1])
+
+    def watching(link: MaskedLink) -> Any:
+        unmasked.append(link.sent)
+        return close(link)
+
+    monkeypatch.setattr(MaskedLink, "close", watching)
     after, report = run.round()
     assert not unmasked
     assert report.survivors == 0
