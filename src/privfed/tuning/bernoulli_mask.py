@@ -9,9 +9,8 @@ In training the draw is a fixed function of the scores and the seed: every examp
 that each has a gradient of its own, and any change of the scores draws anew. The draw costs no privacy beyond that of
 the scores.
 
-What is averaged are scores. FedPM's clients send a sample of their mask, one bit a value, and its server averages
-those; the nearest here is ``compression.name = "stochastic_quantizer"`` with ``bits = 1``, which sends one bit a value
-too, on average the change of the score.
+What is sent and averaged are changes of scores, through any codec. FedPM's clients send a sample of their mask, one bit
+a value, and its server averages those: that message is not there.
 """
 
 from __future__ import annotations

@@ -102,11 +102,11 @@ def test_scores_are_what_is_trained_and_the_start_is_the_base(family):
 
 
 @pytest.mark.parametrize("unit", ["example", "none"])
-def test_a_masked_run_of_one_bit_a_score(tiny_config, tmp_path, unit):
+def test_a_masked_run_leaves_an_adapter_of_masked_values(tiny_config, tmp_path, unit):
     """Whole: self-checks, two rounds, an adapter that plain peft loads as it was scored."""
     config = tiny_config(
         tuning={"name": "bernoulli_mask", "r": 4},
-        compression={"name": "stochastic_quantizer", "bits": 1, "max_value": 4.0},
+        compression={"name": "stochastic_quantizer", "bits": 12, "max_value": 4.0},
         privacy={"unit": unit, "target_epsilon": None, "noise_multiplier": 1.0 if unit == "example" else None},
         ledger={"path": str(tmp_path / "holder.sqlite")},
     )
