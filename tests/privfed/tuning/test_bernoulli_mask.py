@@ -107,6 +107,7 @@ def test_a_masked_run_leaves_an_adapter_of_masked_values(tiny_config, tmp_path, 
     config = tiny_config(
         tuning={"name": "bernoulli_mask", "r": 4},
         compression={"name": "stochastic_quantizer", "bits": 12, "max_value": 4.0},
+        client={"optimizer": "adamw", "learning_rate": 0.1, "head_learning_rate": 0.01},
         privacy={"unit": unit, "target_epsilon": None, "noise_multiplier": 1.0 if unit == "example" else None},
         ledger={"path": str(tmp_path / "holder.sqlite")},
     )
