@@ -131,6 +131,8 @@ def type_words(annotation: Any) -> str:
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return " or ".join(f"`{value}`" if isinstance(value, str) else f"`{str(value).lower()}`" for value in parts)
+    if origin is typing.Annotated:
+        return type_words(parts[0])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(type_words(part) for part in parts if part is not types.NoneType)
     if origin is list:
@@ -146,7 +148,10 @@ def type_words(annotation: Any) -> str:
 
 def plural(annotation: Any) -> str:
     """Return several values of a type in words."""
-    return type_words(annotation).replace(" or ", "s or ") + "s"
+    words = type_words(annotation)
+    return (
+        words.replace("list of", "lists of", 1) if words.startswith("list of") else words.replace(" or ", "s or ") + "s"
+    )
 
 
 def default(field: FieldInfo) -> str:

@@ -258,7 +258,9 @@ class _Run:
                 outcome.start_D[TRAIN],
                 outcome.state.params_D,
                 still,
-                dense=stage.phase.codec.properties.dense,
+                # a block whose clients were in no cohort stands still
+                dense=stage.phase.codec.properties.dense
+                and (stage.phase.layers is None or plan.cohort_size == plan.clients),
             )
             results["moved"] = f"passed: {moved}"
 

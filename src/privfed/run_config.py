@@ -169,6 +169,7 @@ class RunConfig(Table):
                 variates=rule.variates,
                 weighted=self.server.weighting == "examples",
                 meter=self.server.meter,
+                layers=bool(self.server.layers),
             ),
         )
         return self
@@ -222,6 +223,15 @@ class RunConfig(Table):
                 f"compression.name = {codec!r} with server.aggregation = {self.server.rule!r}: each client sends other "
                 "values and the rule would take the others for 0, of which most are; use compression.name = "
                 '"random_k", or aggregation = "geometric_median".'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_recording(self) -> Self:
+        if self.audit.record and self.server.layers:
+            raise ConfigError(
+                f"audit.record = true with server.layers = {self.server.layers}: what was recorded would be read as if "
+                "all clients had trained all tensors; set audit.record = false, or layers = []."
             )
         return self
 

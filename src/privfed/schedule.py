@@ -109,6 +109,9 @@ class ServerConfig(Table):
         evaluate_clients: Where parts are personal, score at most so many clients: each needs a pass of its own.
         ranks: Ranks of the clients' LoRA adapters, dealt out in turn over the clients in the order of their names
             (HetLoRA); none is above the tuning's. Empty: all have the tuning's.
+        layers: Groups of numbers of transformer blocks, such as ``[[0, 1], [2, 3]]``, dealt out as the ranks are: a
+            client trains the blocks of its group, and what is in no block, such as the head. The average of a tensor
+            is over those that trained it. Empty: all train all.
         meter: Record how far the average of the factors is from the average of the products. It reads what single
             clients sent: a simulator's figure, marked as such in metrics.jsonl and no part of the release.
     """
@@ -133,6 +136,7 @@ class ServerConfig(Table):
     evaluate_clients: int = Field(default=100, ge=1)
     meter: bool = False
     ranks: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    layers: list[list[int]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -141,6 +145,8 @@ class ServerConfig(Table):
                 'optimizer = "fedavgm" with momentum = 0.0 is plain averaging; set momentum (0.9 is usual), '
                 'or optimizer = "sgd"'
             )
+        if min((number for group in self.layers for number in group), default=0) < 0:
+            raise ValueError(f"layers = {self.layers} has a number below 0, expected numbers of blocks from 0")
         return self
 
     @property

@@ -42,7 +42,7 @@ def test_every_client_of_every_round_is_heard(
     checks = json.loads((folder / "receipt.json").read_text(encoding="utf-8"))["sentinels"]
     assert all(text.startswith("passed: ") for text in checks.values())
     sparse = compression["name"] in ("random_k", "top_k", "count_sketch")
-    assert ("as the codec sends" in checks["moved"]) == sparse
+    assert ("as clients send" in checks["moved"]) == sparse
 
 
 def test_a_codec_serves_the_head_s_warm_start_and_the_way_down(tiny_config: Callable[..., Any], tmp_path: Path) -> None:

@@ -36,6 +36,13 @@ CASES: dict[str, Mapping[str, Any]] = {
     "scaffold": {"server": {"aggregation": "scaffold", "personal": ["head"]}},
     "fedsa_lora": {"server": {"aggregation": "fedsa_lora"}},
     "personal head": {"server": {"personal": ["head"], "optimizer": "fedyogi", "learning_rate": 0.01}},
+    "layers": {"server": {"layers": [[0], [0, 1], [0, 1], [1]], "cohort_size": 4}},
+    "layers, warm start": {
+        "server": {"layers": [[0], [1]]},
+        "privacy": {"unit": "client"},
+        "secagg": PLAIN,
+        "head_warm_start": {"name": "dp_probe", "rounds": 2},
+    },
     "warm start": {
         "server": {"aggregation": "fedsa_lora", "personal": ["head"]},
         "head_warm_start": {"name": "dp_probe", "rounds": 2},
@@ -147,6 +154,32 @@ def test_a_stopped_run_of_personal_parts_goes_on_to_the_same_bits(
     for path in files:
         assert (whole / path).read_bytes() == (stopped / path).read_bytes()
     assert _charged(tmp_path) == 2 * _rounds(whole)
+
+
+def test_a_stopped_run_of_some_layers_goes_on_to_the_same_bits(
+    own: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from privfed.federation.engines import in_process
+
+    # masked rounds of three of four clients, so that each round divides by other counts
+    server = {"layers": [[0], [0, 1], [0, 1], [1]], "cohort_size": 3, "optimizer": "fedadam", "rounds": 3}
+    config = own(server=server, secagg={"name": "masked", "corrupt": 0.0})
+    whole = train(config, out=tmp_path / "whole").folder
+    log = in_process._round_record
+
+    def stop(report: Any, epsilon: Any) -> Any:
+        if report.round == 2:
+            raise KeyboardInterrupt
+        return log(report, epsilon)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(in_process, "_round_record", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, out=tmp_path / "stopped")
+    stopped = train(config, out=tmp_path / "stopped", resume=True).folder
+    name = "adapter/adapter_model.safetensors"
+    assert (whole / name).read_bytes() == (stopped / name).read_bytes()
+    assert _charged(tmp_path) == 2 * _rounds(whole) == 2 * 9
 
 
 def _rounds(folder: Path) -> int:

@@ -25,6 +25,7 @@ class Setting:
         variates: Whether it takes averages of updates for averages of gradients.
         weighted: Whether clients are weighted.
         meter: Whether a meter reads each client's update.
+        layers: Whether clients train different tensors.
     """
 
     masked: bool
@@ -38,6 +39,7 @@ class Setting:
     variates: bool
     weighted: bool
     meter: bool
+    layers: bool = False
 
 
 def check_codec(config: Table, setting: Setting) -> None:
@@ -60,6 +62,8 @@ def check_codec(config: Table, setting: Setting) -> None:
             f"{given} with server.meter = true, which reads the update of each client: this codec decodes sums only; "
             'set server.meter = false, or use compression.name = "random_k".'
         )
+    if setting.layers:
+        _check_layers(found, given)
     if not found.linear and not found.server_state and setting.variates:
         raise ConfigError(
             f'{given} with server.aggregation = "{setting.rule}": what the server decodes is no average of updates, '
@@ -118,6 +122,21 @@ def _check_noise(found: Properties, given: str, setting: Setting) -> None:
         raise ConfigError(
             f'{given} with privacy.mechanism = "{setting.mechanism}": the mechanism takes back noise of earlier rounds '
             'and this codec sends other values in each; use mechanism = "gaussian", or compression.name = "identity".'
+        )
+
+
+def _check_layers(found: Properties, given: str) -> None:
+    """Refuse sums that cannot be divided tensor by tensor, or to which a client adds to what it did not train."""
+    if found.server_state or found.second_pass or not found.linear:
+        raise ConfigError(
+            f"{given} with server.layers: what the server decodes is not linear in the sum of the messages, so it "
+            "cannot be divided by how many clients trained each tensor; use compression.name = "
+            '"stochastic_quantizer", "random_k" or "identity", or layers = [].'
+        )
+    if not found.scales:
+        raise ConfigError(
+            f"{given} with server.layers: its message on a layer that a client did not train is as large as on one "
+            'that it did; use compression.name = "stochastic_quantizer" or "identity", or layers = [].'
         )
 
 

@@ -20,7 +20,7 @@ from privfed.compression.positions import pack_positions, positions_size, unpack
 from privfed.errors import ProtocolError
 from privfed.types import Encoded, EncodedSum
 
-VERSION = 2
+VERSION = 3
 _MAX_HEADER = 4096
 _KINDS = ("integer", "float32", "float16", "bfloat16")
 _FLOAT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
@@ -34,12 +34,14 @@ class Received:
     Attributes:
         scale: What one of ``values`` is worth.
         values: The values as the server adds them: signed integers or floats [sum_length of the codec].
+        trained: One bit a tensor, packed: whether the client trained it; empty where all train all.
     """
 
     client_id: str
     weight: float
     scale: float
     values: Signed = field(repr=False)
+    trained: bytes = b""
 
 
 def kind_of(encoded: Encoded) -> str:
@@ -51,8 +53,8 @@ def kind_of(encoded: Encoded) -> str:
     return "integer"
 
 
-def to_bytes(encoded: Encoded, *, client_id: str, weight: float) -> bytes:
-    """Return the message a client sends where updates are not masked."""
+def to_bytes(encoded: Encoded, *, client_id: str, weight: float, trained: bytes = b"") -> bytes:
+    """Return the message a client sends where updates are not masked; ``trained`` as in :class:`Received`."""
     kind, values_M = kind_of(encoded), encoded.values_M
     if kind == "integer":
         payload = pack_bits(values_M.astype(np.uint32, copy=False), encoded.num_bits)
@@ -63,7 +65,7 @@ def to_bytes(encoded: Encoded, *, client_id: str, weight: float) -> bytes:
     sparse = encoded.indices_M is not None
     positions = pack_positions(encoded.indices_M, encoded.length) if encoded.indices_M is not None else b""
     fields = [VERSION, client_id, encoded.codec, _KINDS.index(kind), encoded.num_bits, encoded.scale]
-    header: bytes = msgpack.packb([*fields, encoded.length, len(values_M), weight, sparse])
+    header: bytes = msgpack.packb([*fields, encoded.length, len(values_M), weight, sparse, trained])
     return len(header).to_bytes(2, "little") + header + positions + payload
 
 
@@ -86,9 +88,14 @@ def read(message: bytes, *, length: int, codec: Codec) -> Received:
     if given != expected:
         raise ProtocolError(f"The message is {_words(given)}, expected {_words(expected)}.")
     encoded = _encoded(header, body)
-    if not codec.properties.needs_individual:
-        return Received(client_id=header.client_id, weight=header.weight, scale=header.scale, values=signed(encoded))
-    return Received(client_id=header.client_id, weight=header.weight, scale=1.0, values=codec.decode_one(encoded))
+    alone = codec.properties.needs_individual
+    return Received(
+        client_id=header.client_id,
+        weight=header.weight,
+        scale=1.0 if alone else header.scale,
+        values=codec.decode_one(encoded) if alone else signed(encoded),
+        trained=header.trained,
+    )
 
 
 def signed_values(message: bytes, *, length: int) -> tuple[str, float, float, Signed]:
@@ -139,6 +146,7 @@ class _Header:
     values: int
     weight: float
     sparse: bool
+    trained: bytes
 
 
 def _opened(message: bytes) -> tuple[_Header, memoryview]:
@@ -148,12 +156,12 @@ def _opened(message: bytes) -> tuple[_Header, memoryview]:
         raise ProtocolError("The message is shorter than its header says.")
     try:
         fields = msgpack.unpackb(message[2 : 2 + size], strict_map_key=True)
-        version, client_id, codec, kind, bits, scale, length, values, weight, sparse = fields
+        version, client_id, codec, kind, bits, scale, length, values, weight, sparse, trained = fields
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise ProtocolError(f"The message's header cannot be read: {error}") from error
     if type(version) is not int or version != VERSION:
         raise ProtocolError(f"The message has version {version!r}, expected {VERSION}.")
-    _check_fields(client_id, codec, kind, bits, scale, length, values, weight, sparse)
+    _check_fields(client_id, codec, kind, bits, scale, length, values, weight, sparse, trained)
     header = _Header(
         client_id=client_id,
         codec=codec,
@@ -164,6 +172,7 @@ def _opened(message: bytes) -> tuple[_Header, memoryview]:
         values=values,
         weight=weight,
         sparse=sparse,
+        trained=trained,
     )
     body = memoryview(message)[2 + size :]
     wanted = packed_size(bits, values) + (positions_size(length, values) if sparse else 0)
@@ -173,7 +182,16 @@ def _opened(message: bytes) -> tuple[_Header, memoryview]:
 
 
 def _check_fields(
-    client_id: Any, codec: Any, kind: Any, bits: Any, scale: Any, length: Any, values: Any, weight: Any, sparse: Any
+    client_id: Any,
+    codec: Any,
+    kind: Any,
+    bits: Any,
+    scale: Any,
+    length: Any,
+    values: Any,
+    weight: Any,
+    sparse: Any,
+    trained: Any,
 ) -> None:
     """Refuse a header whose values could crash or poison the sum: a client may send anything.
 
@@ -198,6 +216,7 @@ def _check_fields(
         and 0 < scale < math.inf
         and isinstance(weight, float)
         and 0 <= weight < math.inf
+        and isinstance(trained, bytes)
     )
     if not sound:
         raise ProtocolError("The message's header holds a value of another type or out of range.")

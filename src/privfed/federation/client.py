@@ -29,7 +29,7 @@ from privfed.federation.local import LocalTrainer, StepDone, Work
 from privfed.federation.messages import Broadcast, Interim
 from privfed.federation.personal import PERSONAL, PersonalStore
 from privfed.federation.ranks import Support
-from privfed.federation.sharing import Selection, Sharing
+from privfed.federation.sharing import Part, Selection, Sharing
 from privfed.privacy.ledger import Charge, Ledger
 from privfed.privacy.mechanisms import AtWork, Terms
 from privfed.rng import PrivateStream
@@ -114,6 +114,7 @@ class Client:
         seed: The run's: the codec's public choices of each round follow from it.
         downlink: Reads the broadcast's parameters where they are encoded.
         support: The part of the adapter that a client of a lower rank has, or None.
+        trained: Names of the tensors that it trains; None for all.
     """
 
     shard: Shard
@@ -129,6 +130,7 @@ class Client:
     seed: int = 0
     downlink: Downlink | None = None
     support: Support | None = None
+    trained: frozenset[str] | None = None
 
     def respond(self, broadcast: bytes, on_step: StepDone, start_D: Float32 | None = None) -> Answer:
         """Return the encoded, weighted update for ``broadcast``; its cost is in the ledger by then.
@@ -168,7 +170,7 @@ class Client:
             self.shard,
             self.holder.stream("train", *place, digest),
             on_step,
-            self._work(received, own, part.active),
+            self._work(received, own, self._active(part)),
         )
         codec = self._codec(received, part.sent)
         update, given_M = self._given(part.sent, delta_D, own, received.terms)
@@ -236,6 +238,12 @@ class Client:
     def _start(self, shared_S: Float32, own: Mapping[str, Float32]) -> Float32:
         start_D = self.sharing.merged(shared_S, own.get(PERSONAL))
         return start_D if self.support is None else start_D * self.support.mask_D
+
+    def _active(self, part: Part) -> frozenset[str] | None:
+        """Return what the client trains in a round; None for all."""
+        if self.trained is None or part.active is None:
+            return self.trained if part.active is None else part.active
+        return self.trained & part.active
 
     def _work(self, received: Broadcast, own: Mapping[str, Float32], active: frozenset[str] | None) -> Work:
         control_S = received.carried.get(CONTROL)

@@ -6,7 +6,7 @@ Both collectors add a message on arrival and forget it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from privfed.errors import ConfigError, ProtocolError, ThresholdError
 from privfed.secagg import ClientSession, Identity, Requirements, ServerSession, SessionParams
 from privfed.types import Encoded, EncodedSum
 
+Flags = NDArray[np.bool_]
 # weights travel as integers of this resolution beside the values, so that their sum is masked too
 WEIGHT_STEPS = 1 << 16
 
@@ -28,6 +29,8 @@ class Collected:
 
     Attributes:
         single: The encoding of each survivor, where a rule needs them and nothing is masked.
+        weights_T: By tensor, the sum of the weights of the survivors that trained it, where clients train different
+            ones; else None.
     """
 
     total: EncodedSum | None
@@ -35,6 +38,7 @@ class Collected:
     bytes_up: int
     bytes_down: int
     single: tuple[EncodedSum, ...] = ()
+    weights_T: NDArray[np.float64] | None = field(default=None, repr=False)
 
 
 class Link(Protocol):
@@ -43,8 +47,15 @@ class Link(Protocol):
     def open(self) -> None:
         """Exchange keys, where there are any."""
 
-    def send(self, client_id: str, encoded: Encoded, weight: float) -> None:
-        """Carry one client's update to the server."""
+    def send(self, client_id: str, encoded: Encoded, weight: float, trained_T: Flags | None = None) -> None:
+        """Carry one client's update to the server.
+
+        Args:
+            client_id: Whose it is.
+            encoded: The update.
+            weight: What its values were multiplied by.
+            trained_T: Which tensors the client trained, where that differs from client to client.
+        """
 
     @property
     def sent(self) -> tuple[str, ...]:
@@ -61,16 +72,24 @@ class PlainLink:
         codec: The codec of the round: it says what a message must look like, and decodes one where that comes first.
         length: D, the number of values that each client gave to the codec.
         keep: Whether to keep each message's values beside their sum.
+        tensors: T, the number of tensors, where clients train different ones; else 0.
         record: Told each message that was added.
     """
 
     def __init__(
-        self, codec: Codec, length: int, *, keep: bool = False, record: Callable[[bytes], None] | None = None
+        self,
+        codec: Codec,
+        length: int,
+        *,
+        keep: bool = False,
+        tensors: int = 0,
+        record: Callable[[bytes], None] | None = None,
     ) -> None:
         self._codec = codec
         self._length = length
         self._keep = keep
         self._record = record
+        self._weights_T = np.zeros(tensors) if tensors else None
         self._single: list[EncodedSum] = []
         self._scale = 1.0
         self._sum: NDArray[np.float64] | NDArray[np.int64] | None = None
@@ -81,9 +100,10 @@ class PlainLink:
     def open(self) -> None:
         """Nothing to exchange."""
 
-    def send(self, client_id: str, encoded: Encoded, weight: float) -> None:
+    def send(self, client_id: str, encoded: Encoded, weight: float, trained_T: Flags | None = None) -> None:
         """Serialise on the client's side, count the bytes, add on the server's."""
-        self._receive(to_bytes(encoded, client_id=client_id, weight=weight))
+        trained = b"" if trained_T is None else np.packbits(trained_T).tobytes()
+        self._receive(to_bytes(encoded, client_id=client_id, weight=weight, trained=trained))
 
     @property
     def sent(self) -> tuple[str, ...]:
@@ -101,6 +121,7 @@ class PlainLink:
             bytes_up=self._bytes,
             bytes_down=0,
             single=tuple(self._single),
+            weights_T=None if self._weights_T is None else self._weights_T.copy(),
         )
 
     def _encoded(self, values: NDArray[np.float64] | NDArray[np.int64], survivors: int, weight: float) -> EncodedSum:
@@ -116,6 +137,7 @@ class PlainLink:
     def _receive(self, message: bytes) -> None:
         self._bytes += len(message)
         got = read(message, length=self._length, codec=self._codec)
+        trained_T = self._trained(got.client_id, got.trained)
         if self._sum is None:
             self._sum, self._scale = got.values.copy(), got.scale
         elif got.scale != self._scale or got.values.dtype != self._sum.dtype:
@@ -125,9 +147,20 @@ class PlainLink:
         if self._keep:
             self._single.append(self._encoded(got.values, 1, got.weight))
         self._weight += got.weight
+        if self._weights_T is not None:
+            self._weights_T += got.weight * trained_T
         self._survivors.append(got.client_id)
         if self._record:
             self._record(message)
+
+    def _trained(self, client_id: str, packed: bytes) -> Flags:
+        """Return which tensors a client says that it trained [T]."""
+        count = 0 if self._weights_T is None else len(self._weights_T)
+        if len(packed) != -(-count // 8):
+            raise ProtocolError(
+                f"{client_id} sent {len(packed)} bytes that say which tensors it trained, expected {-(-count // 8)}."
+            )
+        return np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=count).astype(bool)
 
 
 class MaskedLink:
@@ -143,6 +176,8 @@ class MaskedLink:
         length: D, the number of values that each client gave to the codec.
         values: The number of values that it made of them; None for D as well.
         weighted: Whether a masked weight travels beside the values.
+        tensors: T, the number of tensors, where clients train different ones: then a masked weight of each travels, 0
+            for one that the client did not train. Else 0.
         ring_bits: Size of the ring.
 
     Raises:
@@ -161,15 +196,19 @@ class MaskedLink:
         weighted: bool,
         ring_bits: int,
         values: int | None = None,
+        tensors: int = 0,
     ) -> None:
-        self._digits = _WeightDigits(len(identities), ring_bits) if weighted else None
+        self._weights = tensors or int(weighted)
+        steps = WEIGHT_STEPS if weighted else 1
+        self._digits = _WeightDigits(len(identities), ring_bits, steps) if self._weights else None
+        self._tensors = tensors
         self._values = length if values is None else values
         params = SessionParams.plan(
             {client: identity.public for client, identity in identities.items()},
             requirements,
             round_id=round_id,
             config_digest=config_digest,
-            length=self._values + (self._digits.count if self._digits else 0),
+            length=self._values + (self._weights * self._digits.count if self._digits else 0),
             ring_bits=ring_bits,
         )
         self._server = ServerSession(params)
@@ -190,11 +229,18 @@ class MaskedLink:
         for client in self._clients:
             self._shares[client] = self._fetched(self._server.shares_for(client))
 
-    def send(self, client_id: str, encoded: Encoded, weight: float) -> None:
-        """Mask on the client's side; the server adds the masked vector on arrival."""
+    def send(self, client_id: str, encoded: Encoded, weight: float, trained_T: Flags | None = None) -> None:
+        """Mask on the client's side; the server adds the masked vector on arrival.
+
+        Raises:
+            ProtocolError: If ``trained_T`` is not of as many tensors as the link was made for.
+        """
+        if (0 if trained_T is None else len(trained_T)) != self._tensors:
+            raise ProtocolError(f"Got which tensors were trained as {trained_T!r}, expected {self._tensors} of them.")
         values_M = encoded.values_M.astype(np.uint32, copy=False)
         if self._digits:
-            values_M = np.append(values_M, self._digits.split(weight))
+            weights = weight * (np.ones(1) if trained_T is None else trained_T)
+            values_M = np.concatenate([values_M, *map(self._digits.split, weights)])
         self._scale = encoded.scale
         message = self._clients[client_id].masked_input(self._shares[client_id], values_M)
         self._server.receive_masked(self._counted(message))
@@ -220,10 +266,12 @@ class MaskedLink:
         if not self._sent:
             raise ThresholdError("No client sent a masked vector; there is nothing to unmask.")
         sum_M, names = self._server.sum()
-        weight = float(len(names))
+        weight, weights_T = float(len(names)), None
         if self._digits:
-            weight = self._digits.join(sum_M[self._values :])
+            sums = np.split(sum_M[self._values :], self._weights)
+            found = np.array([self._digits.join(each) for each in sums])
             sum_M = sum_M[: self._values]
+            weight, weights_T = (weight, found) if self._tensors else (float(found[0]), None)
         total = EncodedSum(
             sum_M=sum_M.astype(np.uint64),
             codec=self._codec,
@@ -232,7 +280,7 @@ class MaskedLink:
             survivors=len(names),
             total_weight=weight,
         )
-        return Collected(total=total, survivors=names, bytes_up=self._up, bytes_down=self._down)
+        return Collected(total=total, survivors=names, bytes_up=self._up, bytes_down=self._down, weights_T=weights_T)
 
     def _counted(self, message: bytes) -> bytes:
         self._up += len(message)
@@ -249,25 +297,32 @@ def weight_values(clients: int, ring_bits: int) -> int:
     Raises:
         ConfigError: If the ring is too small for the weights of so many clients.
     """
-    return _WeightDigits(clients, ring_bits).count
+    return _WeightDigits(clients, ring_bits, WEIGHT_STEPS).count
 
 
 class _WeightDigits:
-    """A weight as values of the ring: digits so short that those of all clients add up without wrapping."""
+    """A weight as values of the ring: digits so short that those of all clients add up without wrapping.
 
-    def __init__(self, clients: int, ring_bits: int) -> None:
+    Args:
+        clients: At most so many weights are added.
+        ring_bits: Size of the ring.
+        steps: A weight of at most 1 is a multiple of 1 / steps; 1 for weights that only say whether a client counts.
+    """
+
+    def __init__(self, clients: int, ring_bits: int, steps: int) -> None:
+        self._steps = steps
         self._bits = ring_bits - clients.bit_length()
         if self._bits < 1:
             raise ConfigError(
                 f"A ring of {ring_bits} bits cannot sum the weights of {clients} clients: raise ring_bits."
             )
-        self.count = -(-WEIGHT_STEPS.bit_length() // self._bits)
+        self.count = -(-steps.bit_length() // self._bits)
 
     def split(self, weight: float) -> NDArray[np.uint32]:
         """Return a weight of at most 1 as digits, the lowest first."""
-        steps, low = round(weight * WEIGHT_STEPS), (1 << self._bits) - 1
+        steps, low = round(weight * self._steps), (1 << self._bits) - 1
         return np.array([steps >> (place * self._bits) & low for place in range(self.count)], dtype=np.uint32)
 
     def join(self, sums: NDArray[np.uint32]) -> float:
         """Return the sum of the weights from the sums of their digits."""
-        return sum(int(digit) << (place * self._bits) for place, digit in enumerate(sums)) / WEIGHT_STEPS
+        return sum(int(digit) << (place * self._bits) for place, digit in enumerate(sums)) / self._steps

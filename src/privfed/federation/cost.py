@@ -30,6 +30,11 @@ def run_cost(config: RunConfig, *, length: int | None = None) -> dict[str, Any]:
     """
     if config.secagg.name != "masked":
         raise ConfigError('secagg.name = "none": there is no masked sum to cost; set secagg.name = "masked".')
+    if config.server.layers:
+        raise ConfigError(
+            "server.layers: a client sends a value more for each trained tensor, whose number the length does not say: "
+            "a round is not costed; metrics.jsonl says what one took."
+        )
     cohort, values = _cohort_and_length(config, length)
     ring_bits, requirements = config.ring_bits(cohort), config.secagg.requirements()
     sent = _encoded(config, cohort, ring_bits, values)

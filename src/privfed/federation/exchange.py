@@ -23,8 +23,10 @@ from privfed.compression import Codec
 from privfed.errors import BudgetExceededError, ConfigError, LedgerError, ThresholdError
 from privfed.federation.client import Answer, Client, Holder
 from privfed.federation.collect import Collected, Link, MaskedLink, PlainLink
+from privfed.federation.layers import OTHERS, Layers
 from privfed.federation.meter import Meter
 from privfed.federation.progress import Progress
+from privfed.federation.sharing import Selection
 from privfed.federation.state import ServerState
 from privfed.secagg import Requirements
 
@@ -93,6 +95,8 @@ class Exchange:
         phase = self.phase
         if not cohort or (phase.masked and not requirements.met_by(len(cohort))):
             return NOTHING, None if phase.central else f"a masked sum over {len(cohort)} clients cannot meet [secagg]"
+        if (refusal := self._laid_bare(cohort)) is not None:  # before anybody trains, and pays for it
+            return NOTHING, refusal
         try:
             link = self._link(cohort, codec, requirements)
         except ConfigError as error:  # such as weights that so small a ring cannot sum
@@ -105,6 +109,8 @@ class Exchange:
             refusal = phase.shares.refusal(link.sent, self.broadcast, self.round, self.holder)
             if refusal is not None:
                 return NOTHING, refusal
+        if (refusal := self._laid_bare(link.sent)) is not None:
+            return NOTHING, refusal
         try:
             with _timed(self):
                 collected = link.close()
@@ -116,9 +122,11 @@ class Exchange:
 
     def _link(self, cohort: Sequence[str], codec: Codec, requirements: Requirements) -> Link:
         phase, length = self.phase, self.phase.message_size(self.round)
+        tensors = len(self._sent.names) if self._counted else 0
         if not phase.masked:
             record = phase.recorder.message if phase.recorder else None
-            return PlainLink(codec, length, keep=phase.sharing.rule.needs_individual, record=record)
+            keep = phase.sharing.rule.needs_individual
+            return PlainLink(codec, length, keep=keep, tensors=tensors, record=record)
         # a fresh nonce: keys of a round that a crash cut short never meet those of its repetition
         label = f"{self.holder.run_id}/{phase.plan.name}/{self.round}/{time.time_ns()}"
         return MaskedLink(
@@ -131,7 +139,24 @@ class Exchange:
             values=length if phase.shares is not None else codec.sum_length(length),
             weighted=phase.weighted,
             ring_bits=phase.ring_bits,
+            tensors=tensors,
         )
+
+    @property
+    def _sent(self) -> Selection:
+        return self.phase.sharing.part(self.round).sent
+
+    @property
+    def _counted(self) -> Layers | None:
+        """Who trains what, where the sum says by how many each tensor was trained; None where it must not."""
+        return None if self.phase.central else self.phase.layers
+
+    def _laid_bare(self, clients: Sequence[str]) -> str | None:
+        """Return why these clients let no masked sum of theirs be unmasked, if they do not."""
+        layers = self.phase.layers
+        if layers is None or not self.phase.masked:
+            return None
+        return layers.refusal(clients, self._sent, self.corrupt + OTHERS)
 
     def _respond(self, client: Client) -> Answer:
         """Let one client train."""
@@ -148,7 +173,8 @@ class Exchange:
         try:
             answer = ask(client)
             with _timed(self):
-                link.send(client_id, answer.encoded, client.weight)
+                trained_T = self._counted.trained(client_id, self._sent) if self._counted else None
+                link.send(client_id, answer.encoded, client.weight, trained_T)
             self.saturated += answer.encoded.saturated
             if answer.go_on is not None:
                 self.held[client_id] = answer

@@ -38,6 +38,7 @@ def phases(config: RunConfig) -> list[tuple[str, ClientConfig, ServerConfig]]:
             "aggregation": config.server.aggregation if robust else rule_table("fedavg"),
             "personal": [],
             "ranks": [],
+            "layers": [],
             "meter": False,
             "optimizer": warm.server_optimizer,
             "learning_rate": warm.server_learning_rate,

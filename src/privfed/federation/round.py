@@ -30,12 +30,13 @@ from privfed.federation.cohort import balanced_cohort, poisson_cohort
 from privfed.federation.collect import Collected
 from privfed.federation.distributed import Shares
 from privfed.federation.exchange import Exchange
+from privfed.federation.layers import Layers, moving, over_trained
 from privfed.federation.messages import Broadcast, Interim
 from privfed.federation.meter import Meter, MeterReading
 from privfed.federation.personal import PersonalStore
 from privfed.federation.progress import Progress
 from privfed.federation.recorder import Recorder
-from privfed.federation.sharing import Sharing
+from privfed.federation.sharing import Selection, Sharing
 from privfed.federation.state import ServerState, rule_step, server_step, variates_step
 from privfed.privacy.mechanisms import AtWork, Memory, Moment, Release, Terms
 from privfed.privacy.plan import PhasePlan
@@ -57,6 +58,7 @@ class Phase:
         shares: Noise that clients add in shares, or None.
         downlink: How the broadcast's parameters are encoded, or None.
         recorder: Writes down what goes over the wire, where the run is recorded.
+        layers: Who trains what, or None where all train all.
     """
 
     plan: PhasePlan
@@ -78,6 +80,7 @@ class Phase:
     shares: Shares | None = None
     downlink: Downlink | None = None
     recorder: Recorder | None = None
+    layers: Layers | None = None
 
     @property
     def layout(self) -> ParamLayout:
@@ -221,6 +224,8 @@ class _Done:
         codec: The codec's state on the server.
         deltas: (share of the average, update [M]) of each survivor, where the rule needs them.
         memory: What the mechanism keeps.
+        weights_T: Weight of the clients that trained each tensor, where they train different ones: of those that came,
+            or under client level, where who came is protected, by their share of all.
     """
 
     mean_M: NDArray[np.float64] | None
@@ -229,6 +234,7 @@ class _Done:
     memory: Memory
     lost: str | None
     collected: Collected
+    weights_T: NDArray[np.float64] | None = None
 
 
 def _gathered(exchange: Exchange, cohort: Sequence[str], codec: Codec) -> _Done:
@@ -247,10 +253,11 @@ def _gathered(exchange: Exchange, cohort: Sequence[str], codec: Codec) -> _Done:
             bytes_up=collected.bytes_up + again.bytes_up,
             bytes_down=collected.bytes_down + again.bytes_down,
         )
-    mean_M, states = release.mean_D, state.codec
+    mean_M, states, weights_T = release.mean_D, state.codec, None
     if mean_M is not None and phase.shares is None:
         mean_M, after = codec.expand(mean_M, state_of(states, phase.codec, sent), sent.size)
         states = with_state(states, after, sent)
+        mean_M, weights_T = _by_tensor(mean_M, phase, collected, sent)
     return _Done(
         mean_M=mean_M,
         codec=states,
@@ -258,7 +265,20 @@ def _gathered(exchange: Exchange, cohort: Sequence[str], codec: Codec) -> _Done:
         memory=release.memory,
         lost=release.lost,
         collected=collected,
+        weights_T=weights_T,
     )
+
+
+def _by_tensor(
+    mean_M: NDArray[np.float64], phase: Phase, collected: Collected, sent: Selection
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Return the average over those clients that trained each tensor, and their weights; as it is where all did."""
+    if phase.layers is None:
+        return mean_M, None
+    if phase.central is not None or collected.total is None or collected.weights_T is None:
+        shares_T = phase.layers.shares(sent)
+        return over_trained(mean_M, 1.0, shares_T, sent), shares_T
+    return over_trained(mean_M, collected.total.total_weight, collected.weights_T, sent), collected.weights_T
 
 
 def _release(
@@ -317,7 +337,11 @@ def _advance(state: ServerState, given: ServerState, done: _Done, phase: Phase) 
         return replace(state, round=state.round + 1)
     sharing, number = phase.sharing, state.round + 1
     turns = sharing.turns(number) if phase.server.optimizer == "adam" else None
-    averaged = server_step(state, mean_M, phase.server, sent=sharing.part(number).sent, turns=turns)
+    sent = sharing.part(number).sent
+    if done.weights_T is not None:  # what nobody trained stands still, whatever the optimiser remembers
+        some = moving(done.weights_T, sent)
+        mean_M, sent = some.take(mean_M), Selection(sharing.layout, some.names)
+    averaged = server_step(state, mean_M, phase.server, sent=sent, turns=turns)
     if sharing.rule.variates:
         # under client level who came is protected: the expected number stands for it
         came = phase.plan.cohort_size if phase.central else len(done.collected.survivors)

@@ -106,7 +106,7 @@ def check_moved(
         start_D: Their values before training.
         end_D: Their values after it.
         vanishing: Names of those that need not move.
-        dense: Whether all values of updates are sent; where a codec leaves some out, one moved tensor has to do.
+        dense: Whether all values of updates are sent; where some are left out, one moved tensor has to do.
 
     Raises:
         SentinelError: Naming the tensors that did not.
@@ -122,7 +122,7 @@ def check_moved(
         raise SentinelError(f"Training did not move {', '.join(still[:5])}: nothing is released; check the tuning.")
     if not dense:
         moved = moving - len(still)
-        return f"{moved} of {moving} trained tensors with a gradient moved, as the codec sends some values only"
+        return f"{moved} of {moving} trained tensors with a gradient moved, as clients send some values only"
     return f"all {moving} trained tensors with a gradient moved"
 
 

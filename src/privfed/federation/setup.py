@@ -16,6 +16,7 @@ from privfed.federation.client import Client, Holder
 from privfed.federation.codecs import Downlink, Place, bound_of, codec_at
 from privfed.federation.distributed import make_shares
 from privfed.federation.fairness import Fairness, make_fairness
+from privfed.federation.layers import OTHERS, Layers, deal_layers
 from privfed.federation.local import ExampleDp, LocalTrainer, in_head
 from privfed.federation.material import Material, plans
 from privfed.federation.meter import make_meter
@@ -177,6 +178,9 @@ def _phase(
     store = _store(sharing, codec, own, phase_plan.name)
     downlink = _downlink(config, sharing, trainer)
     supports = deal_ranks(server.ranks, material.shards, sharing.layout, trainer.module)
+    layers = deal_layers(server.layers, material.shards, sharing.layout, trainer.module)
+    if masked and layers is not None:
+        _check_hidden(config, layers, sharing, phase_plan.cohort_size)
 
     def client(shard: Shard) -> Client:
         return Client(
@@ -193,6 +197,7 @@ def _phase(
             seed=config.seed,
             downlink=downlink,
             support=supports.get(shard.client_id),
+            trained=layers.by_client[shard.client_id] if layers else None,
         )
 
     return Phase(
@@ -214,6 +219,7 @@ def _phase(
         seed=config.seed,
         config_digest=config.digest(),
         downlink=downlink,
+        layers=layers,
     )
 
 
@@ -229,6 +235,22 @@ def _recorder(config: RunConfig, phase: Phase, folder: Path, plan: Plan | None, 
         noise_multiplier=plan.noise_multiplier * phase.plan.noise_scale if plan else None,
     )
     return Recorder(folder / phase.plan.name, facts)
+
+
+def _check_hidden(config: RunConfig, layers: Layers, sharing: Sharing, cohort: int) -> None:
+    """Refuse groups so small that no masked round of a run could hide its clients.
+
+    Raises:
+        ConfigError: If a tensor is trained by too few of all clients.
+    """
+    least = config.secagg.requirements().most_corrupt(cohort) + OTHERS
+    reason = layers.refusal(layers.by_client, sharing.shared, least)
+    if reason is not None:
+        raise ConfigError(
+            f'server.layers = {config.server.layers} with secagg.name = "masked": {reason}, of which '
+            f"{least - OTHERS} may be corrupt (secagg.corrupt = {config.secagg.corrupt:g}); use larger groups of "
+            'blocks, so that each is trained by more clients, or secagg.name = "none".'
+        )
 
 
 def _noise(central: AtWork | None, codec: Codec, phase: PhasePlan) -> float | None:

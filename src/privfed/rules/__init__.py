@@ -93,6 +93,7 @@ class Rule:
         coordinatewise: It compares what clients send for each value by itself, so all have to send the same ones.
         ranks: Clients may have adapters of lower rank: an update of zeros for what a client does not train means that
             it is as it was.
+        layers: Clients may train different tensors: the average of each is over those that trained it.
     """
 
     config: ClassVar[type[Table]] = NoOptions
@@ -105,6 +106,7 @@ class Rule:
     combines: ClassVar[bool] = False
     coordinatewise: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
+    layers: ClassVar[bool] = False
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
@@ -215,6 +217,8 @@ def check_rule(server: ServerConfig, client: ClientConfig, *, tuning: str, unit:
         _check_variates(name, server, client)
     if server.ranks:
         _check_ranks(name, rule, server, tuning)
+    if server.layers:
+        _check_layers(name, rule, server, unit=unit, masked=masked)
 
 
 def check_cohort(server: ServerConfig, clients: int) -> None:
@@ -264,6 +268,35 @@ def _check_ranks(name: str, rule: Rule, server: ServerConfig, tuning: str) -> No
         raise ValueError(
             f"server.ranks = {server.ranks} with {name}: it would take the zeros of what a client does not train for "
             'its update; use aggregation = "fedavg", or ranks = []'
+        )
+
+
+def _check_layers(name: str, rule: Rule, server: ServerConfig, *, unit: str, masked: bool) -> None:
+    given = f"server.layers = {server.layers}"
+    if not rule.layers:
+        raise ValueError(
+            f"{given} with {name}, which does not average each tensor by itself over those that trained it; use "
+            'aggregation = "fedavg", or layers = []'
+        )
+    if server.ranks:
+        raise ValueError(
+            f"{given} with server.ranks = {server.ranks}: averages are counted by tensor, and clients of lower rank "
+            "train a part of one; set layers = [] or ranks = []"
+        )
+    if server.optimizer == "adam":
+        raise ValueError(
+            f'{given} with server.optimizer = "adam", which corrects its bias by the number of rounds, and a tensor '
+            'that nobody trained in a round stands still in it; use server.optimizer = "fedadam"'
+        )
+    if server.meter:
+        raise ValueError(
+            f"{given} with server.meter = true, which compares averages over all clients; set meter = false"
+        )
+    if unit == "client" and masked:
+        raise ValueError(
+            f'{given} with privacy.unit = "client" and secagg.name = "masked": whether enough clients of a random '
+            'cohort trained each layer to hide one another would show who was in it; use secagg.name = "none", or '
+            'privacy.unit = "example"'
         )
 
 

@@ -15,3 +15,4 @@ class FedAvg(Rule):
     """Averages; nothing else."""
 
     ranks = True
+    layers = True

@@ -91,7 +91,7 @@ def forged(fields, payload=bytes(12)):
     return len(header).to_bytes(2, "little") + header + payload
 
 
-GOOD = [2, "c", "identity", 1, 32, 1.0, 3, 3, 1.0, False]
+GOOD = [3, "c", "identity", 1, 32, 1.0, 3, 3, 1.0, False, b""]
 
 
 def changed(place, value):
@@ -109,7 +109,7 @@ def changed(place, value):
         changed(6, "3"), changed(6, -1), changed(6, 3.0), changed(6, 4),
         changed(7, "3"), changed(7, -1), changed(7, 3.0), changed(7, 4), changed(7, 2**62),
         changed(8, None), changed(8, "1"), changed(8, float("nan")), changed(8, float("inf")), changed(8, -1.0),
-        changed(9, 1), changed(9, None), changed(9, True),
+        changed(9, 1), changed(9, None), changed(9, True), changed(10, None), changed(10, ""), changed(10, 0),
     ],
     ids=str,
 )  # fmt: skip

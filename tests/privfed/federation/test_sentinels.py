@@ -218,7 +218,7 @@ def test_where_a_codec_leaves_values_out_one_moved_tensor_will_do() -> None:
     end = start.copy()
     end[30:35] += np.float32(1e-3)
     sentence = check_moved(layout, start, end, frozenset(), dense=False)
-    assert sentence == "1 of 4 trained tensors with a gradient moved, as the codec sends some values only"
+    assert sentence == "1 of 4 trained tensors with a gradient moved, as clients send some values only"
     with pytest.raises(SentinelError, match=r"first\.weight, first\.bias"):
         check_moved(layout, start, start, frozenset(), dense=False)
     with pytest.raises(SentinelError, match=r"first\.weight, last\.weight"):

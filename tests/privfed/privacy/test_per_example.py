@@ -29,7 +29,7 @@ from privfed.types import PrivacyEvent, Shard
 
 FAMILIES = ("bert", "roberta", "gpt2", "llama")
 # the tunings with a file of their own; peft's are in test_every_tuner
-OWN = ("adapter", "bitfit", "fed_sb", "federa", "ffa_lora", "full", "head", "lora")
+OWN = ("adapter", "bernoulli_mask", "bitfit", "fed_sb", "federa", "ffa_lora", "full", "head", "lora")
 WITHOUT_BIAS = {("bitfit", "llama")}
 TEXTS = (
     "cat dog horse",

@@ -103,6 +103,11 @@ def _check_sum(server: ServerConfig, secagg: str, compression: str) -> None:
             f"server.ranks = {server.ranks} {with_}: shares of the noise are as long as the whole adapter; use "
             'ranks = [], or placement = "local" or "central"'
         )
+    if server.layers:
+        raise ValueError(
+            f"server.layers = {server.layers} {with_}: shares of the noise are as long as all that is trained; use "
+            'layers = [], or placement = "local" or "central"'
+        )
     if server.meter:
         raise ValueError(f"server.meter = true {with_}: it reads what single clients sent; use meter = false")
 
