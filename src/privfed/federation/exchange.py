@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from privfed.compression import Codec
 from privfed.errors import BudgetExceededError, ConfigError, LedgerError, ThresholdError
+from privfed.federation import ranks
 from privfed.federation.client import Answer, Client, Holder
 from privfed.federation.collect import Collected, Link, MaskedLink, PlainLink
 from privfed.federation.layers import OTHERS, Layers
@@ -153,10 +154,14 @@ class Exchange:
 
     def _laid_bare(self, clients: Sequence[str]) -> str | None:
         """Return why these clients let no masked sum of theirs be unmasked, if they do not."""
-        layers = self.phase.layers
-        if layers is None or not self.phase.masked:
+        phase, least = self.phase, self.corrupt + OTHERS
+        if not phase.masked:
             return None
-        return layers.refusal(clients, self._sent, self.corrupt + OTHERS)
+        if phase.layers is not None:
+            return phase.layers.refusal(clients, self._sent, least)
+        return (
+            ranks.refusal((phase.clients[client].support for client in clients), least) if phase.server.ranks else None
+        )
 
     def _respond(self, client: Client) -> Answer:
         """Let one client train."""

@@ -10,12 +10,16 @@ gradient of the whole adapter is clipped and noised, and what a client does not 
 level the clip bounds the update with its zeros, and the divisor of the sum is the cohort whatever the ranks. The noise
 of a sum is as large where few clients train as elsewhere.
 
+A mask hides a client among those that have the same part, so a masked sum in which too few have the largest rank is
+never unmasked (:func:`refusal`), as with ``privfed.federation.layers``.
+
 Shape suffix: D trained values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,6 +89,23 @@ def support_of(rank: int, pairs: Sequence[Pair], layout: ParamLayout) -> Support
         for name, shape in zip(layout.names, layout.shapes, strict=True)
     ]
     return Support(by_name=by_name, mask_D=np.concatenate(parts))
+
+
+def refusal(supports: Iterable[Support | None], least: int) -> str | None:
+    """Return why a client takes part in no masked sum of clients with these parts; None where each is hidden by others.
+
+    What only the clients of the largest rank train is the sum of their updates alone, whatever else was added. All
+    other parts are shared by more.
+
+    Args:
+        supports: The clients' parts; None for the whole.
+        least: Fewest clients that may have a part that not all have.
+    """
+    sizes = [math.inf if each is None else float(each.mask_D.sum()) for each in supports]
+    widest = sizes.count(max(sizes, default=0.0))
+    if widest in (0, len(sizes)) or widest >= least:
+        return None
+    return f"{widest} of these clients have the largest rank, and a masked sum would hide them among fewer than {least}"
 
 
 def _plain_pairs(module: nn.Module) -> tuple[Pair, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from privfed.federation.meter import make_meter
 from privfed.federation.pairs import check_pairs, find_pairs, read_named
 from privfed.federation.personal import PersonalStore
 from privfed.federation.phases import TRAIN, phases
-from privfed.federation.ranks import deal_ranks
+from privfed.federation.ranks import Support, deal_ranks, refusal
 from privfed.federation.recorder import PhaseFacts, Recorder
 from privfed.federation.roster import Roster
 from privfed.federation.round import Phase
@@ -178,6 +179,8 @@ def _phase(
     store = _store(sharing, codec, own, phase_plan.name)
     downlink = _downlink(config, sharing, trainer)
     supports = deal_ranks(server.ranks, material.shards, sharing.layout, trainer.module)
+    if masked and supports:
+        _check_ranks_hidden(config, supports, phase_plan.cohort_size)
     layers = deal_layers(server.layers, material.shards, sharing.layout, trainer.module)
     if masked and layers is not None:
         _check_hidden(config, layers, sharing, phase_plan.cohort_size)
@@ -235,6 +238,22 @@ def _recorder(config: RunConfig, phase: Phase, folder: Path, plan: Plan | None, 
         noise_multiplier=plan.noise_multiplier * phase.plan.noise_scale if plan else None,
     )
     return Recorder(folder / phase.plan.name, facts)
+
+
+def _check_ranks_hidden(config: RunConfig, supports: Mapping[str, Support], cohort: int) -> None:
+    """Refuse ranks of which no masked round of a run could hide the largest.
+
+    Raises:
+        ConfigError: If too few of all clients have it.
+    """
+    least = config.secagg.requirements().most_corrupt(cohort) + OTHERS
+    reason = refusal(supports.values(), least)
+    if reason is not None:
+        raise ConfigError(
+            f'server.ranks = {config.server.ranks} with secagg.name = "masked": {reason}, of which '
+            f"{least - OTHERS} may be corrupt (secagg.corrupt = {config.secagg.corrupt:g}); give the largest rank to "
+            'more clients, or set secagg.name = "none".'
+        )
 
 
 def _check_hidden(config: RunConfig, layers: Layers, sharing: Sharing, cohort: int) -> None:

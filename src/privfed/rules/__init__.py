@@ -216,7 +216,7 @@ def check_rule(server: ServerConfig, client: ClientConfig, *, tuning: str, unit:
     if rule.variates:
         _check_variates(name, server, client)
     if server.ranks:
-        _check_ranks(name, rule, server, tuning)
+        _check_ranks(name, rule, server, tuning, protected=unit == "client" and masked)
     if server.layers:
         _check_layers(name, rule, server, unit=unit, masked=masked)
 
@@ -257,7 +257,7 @@ def _check_combines(name: str, server: ServerConfig, *, unit: str, masked: bool)
         check_cohort(server, server.cohort_size)
 
 
-def _check_ranks(name: str, rule: Rule, server: ServerConfig, tuning: str) -> None:
+def _check_ranks(name: str, rule: Rule, server: ServerConfig, tuning: str, *, protected: bool) -> None:
     if tuning not in RANKED_TUNINGS:
         known = " or ".join(f'"{each}"' for each in sorted(RANKED_TUNINGS))
         raise ValueError(
@@ -268,6 +268,12 @@ def _check_ranks(name: str, rule: Rule, server: ServerConfig, tuning: str) -> No
         raise ValueError(
             f"server.ranks = {server.ranks} with {name}: it would take the zeros of what a client does not train for "
             'its update; use aggregation = "fedavg", or ranks = []'
+        )
+    if protected and len(set(server.ranks)) > 1:
+        raise ValueError(
+            f'server.ranks = {server.ranks} with privacy.unit = "client" and secagg.name = "masked": whether enough '
+            "clients of a random cohort have the largest rank to hide one another would show who was in it; use "
+            'secagg.name = "none", or privacy.unit = "example"'
         )
 
 

@@ -6,6 +6,7 @@ Shape suffix: D trained values.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,11 +64,13 @@ def test_a_client_trains_its_part_and_sends_zeros_for_the_rest(
     masked: str, optimizer: str, federation: Callable[..., Any], recorded: Any
 ) -> None:
     client = {"optimizer": optimizer, "weight_decay": 0.1, "proximal_mu": 0.1, "local_steps": 3}
-    run = federation(**FREE | {"secagg": {"name": masked}}, server=_server(), client=client)
+    ranks = RANKS if masked == "none" else [2, 4, 4, 4]
+    run = federation(**FREE | {"secagg": {"name": masked}}, server=_server(ranks=ranks), client=client)
     trainers, starts = _recording(run, recorded)
     before = run.state.params_D.copy()
     widths = [int(each.sum()) for each in _supports(run).values()]
-    assert widths[0] == widths[3] < widths[2] < widths[1] == before.size
+    assert widths[0] < widths[2] <= widths[1] == before.size
+    assert masked == "masked" or widths[0] == widths[3]
     for _ in range(2):
         before = run.state.params_D.copy()
         after, report = run.round()
@@ -85,13 +88,13 @@ def test_a_client_trains_its_part_and_sends_zeros_for_the_rest(
 def test_noise_of_the_client_does_not_reach_what_it_does_not_have(
     tuning: Mapping[str, Any], federation: Callable[..., Any], recorded: Any
 ) -> None:
-    run = federation(tuning=tuning, server=_server(), client={"local_steps": 3})
+    run = federation(tuning=tuning, server=_server(), client={"local_steps": 3}, secagg={"name": "none"})
     trainers, _ = _recording(run, recorded)
     run.round()
     for name, support_D in _supports(run).items():
         assert not trainers[name].delta_D[~support_D].any()
         assert trainers[name].delta_D[support_D].all()  # each value that it has got noise
-    whole = federation(tuning=tuning, server=_server(ranks=[]), client={"local_steps": 3})
+    whole = federation(tuning=tuning, server=_server(ranks=[]), client={"local_steps": 3}, secagg={"name": "none"})
     assert run.plan.events_by_client == whole.plan.events_by_client
     events = [{name: client.event for name, client in each.phase.clients.items()} for each in (run, whole)]
     assert events[0] == events[1]
@@ -169,6 +172,7 @@ def test_every_rule_that_says_so_takes_ranks(rule: str, federation: Callable[...
                     "noise_multiplier": 1.0,
                     "target_epsilon": None,
                 },
+                "server": _server(ranks=[4]),
                 "secagg": {"name": "masked"},
             },
             ["ranks", "distributed"],
@@ -197,3 +201,46 @@ def test_an_adapter_that_is_more_than_nothing_at_the_start_is_refused(
 
 def test_no_ranks_no_supports() -> None:
     assert deal_ranks([], [], LAYOUT, None) == {}  # type: ignore[arg-type]
+
+
+def test_a_rank_that_too_few_have_is_never_the_sum_of_one(federation: Callable[..., Any]) -> None:
+    """Two of four: with one corrupt the other's rows would be the sum less its own, so no run of it starts."""
+    masked = FREE | {"secagg": {"name": "masked"}}
+    with pytest.raises(ConfigError, match=r"2 of these clients have the largest rank.*fewer than 3.*one|secagg"):
+        federation(**masked, server=_server(ranks=[4, 2]))
+    federation(**FREE, server=_server(ranks=[4, 2]))
+    federation(**masked, server=_server(ranks=[2, 2]))  # all have the same
+
+
+def test_survivors_of_whom_too_few_have_the_largest_rank_lose_the_round(federation: Callable[..., Any]) -> None:
+    run = federation(**FREE | {"secagg": {"name": "masked"}}, server=_server(ranks=[2, 4, 4, 4]))
+    before = run.state.params_D.copy()
+    widest = next(name for name, support_D in _supports(run).items() if support_D.all())
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("gone")
+
+    clients = dict(run.phase.clients)
+    clients[widest] = replace(clients[widest], trainer=_Failing(clients[widest].trainer, fails))
+    run.phase = replace(run.phase, clients=clients)
+    after, report = run.round()
+    assert report.lost is not None
+    assert "2 of these clients have the largest rank" in report.lost
+    np.testing.assert_array_equal(after.params_D, before)
+
+
+class _Failing:
+    """A trainer whose training fails; all else is the real one's."""
+
+    def __init__(self, real: Any, run: Callable[..., Any]) -> None:
+        self._real, self.run = real, run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def test_random_cohorts_under_masks_take_one_rank(tiny_config: Callable[..., Any]) -> None:
+    tables = {"tuning": LORA, "privacy": {"unit": "client", "target_epsilon": None, "noise_multiplier": 1.0}}
+    with pytest.raises(ConfigError, match="have the largest rank to hide one another"):
+        tiny_config(**tables, server=_server(), secagg={"name": "masked"})
+    tiny_config(**tables, server=_server(ranks=[2]), secagg={"name": "masked"})
