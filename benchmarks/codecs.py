@@ -258,11 +258,8 @@ def cells(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed in range(1, options.seeds + 1):
         for what in options.what:
             for data in ["pydoc"] if what == "private" else options.sets:
-                names: Sequence[str]
-                if what == "private":
-                    names = list(private_codecs())
-                else:
-                    names = FEW.get(what, [*codecs(1.0), *DOWNLINK])
+                every = private_codecs() if what == "private" else [*codecs(1.0), *DOWNLINK]
+                names: Sequence[str] = FEW.get(what, list(every))
                 for codec in names:
                     if options.only is None or codec in options.only:
                         yield {
