@@ -30,7 +30,9 @@ from shared_work import append_row, find_file, interval, read_rows, share_frozen
 
 STORE = Path(__file__).with_name("codecs.jsonl")
 CACHE = Path("runs/codecs")
-FULL_VALUES = {"pydoc": 22_717_836, "sst2": 22_713_986}  # what `full` trains; rows of `full` replace it where there are
+# values that are trained: the head and LoRA's factors in one block and in six; for `full`, until it has been measured
+HEAD_VALUES = {"pydoc": 11 * 385, "sst2": 2 * 385}
+LORA_VALUES = {"head": 0, "lora": 12_288, "lora, all blocks": 6 * 12_288, "full": 22_713_216}
 DATA = {
     "pydoc": ["model.max_length=32"],
     "sst2": ["data.limit=unset"],
@@ -91,8 +93,8 @@ def quantised(bits: int, top: float) -> dict[str, Any]:
     return {"name": "stochastic_quantizer", "bits": bits, "max_value": top}
 
 
-def codecs(top: float) -> dict[str, dict[str, Any]]:
-    """Return every codec with one or two settings, for updates whose values are rarely beyond ``top``."""
+def codecs(top: float, length: int) -> dict[str, dict[str, Any]]:
+    """Return every codec with one or two settings, for updates of ``length`` values that are rarely beyond ``top``."""
     return {
         "identity": {"name": "identity"},
         "cast bfloat16": {"name": "cast"},
@@ -114,9 +116,9 @@ def codecs(top: float) -> dict[str, dict[str, Any]]:
         "top_k 10%": {"name": "top_k", "density": 0.1},
         "top_k 2% + 4 bit": {"name": "top_k", "density": 0.02, "inner": quantised(4, 4 * top)},
         "global_mask 10%": {"name": "global_mask", "density": 0.1, "refresh": 10},
-        "count_sketch 5 x 256": {"name": "count_sketch", "rows": 5, "columns": 256, "density": 0.1},
-        "seed_projection 1024": {"name": "seed_projection", "directions": 1024, "error_feedback": True},
-        "seed_projection 256": {"name": "seed_projection", "directions": 256, "error_feedback": True},
+        "count_sketch 1/4": {"name": "count_sketch", "rows": 3, "columns": length // 12, "density": 0.1},
+        "seed_projection 1/8": {"name": "seed_projection", "directions": length // 8, "error_feedback": True},
+        "seed_projection 1/32": {"name": "seed_projection", "directions": length // 32, "error_feedback": True},
         "powersgd rank 1": {"name": "powersgd", "rank": 1},
         "powersgd rank 4": {"name": "powersgd", "rank": 4},
         "svd_truncate rank 1": {"name": "svd_truncate", "rank": 1, "error_feedback": True},
@@ -134,7 +136,7 @@ FEW = {
         "random_k 10% + 4 bit, feedback",
         "sign, feedback",
         "top_k 2% + 4 bit",
-        "seed_projection 1024",
+        "seed_projection 1/8",
         "powersgd rank 1",
     ),
 }
@@ -142,6 +144,7 @@ FEW = {
 
 def private_codecs() -> dict[str, dict[str, Any]]:
     """Return the codecs compared under client-level noise: at all bytes, about 1/8 and about 1/32 of them."""
+    length = HEAD_VALUES["pydoc"]
     return {
         "identity": {"name": "identity"},
         "cast bfloat16": {"name": "cast"},
@@ -151,14 +154,20 @@ def private_codecs() -> dict[str, dict[str, Any]]:
         "random_k 12.5%, biased": {"name": "random_k", "density": 0.125, "unbiased": False},
         "top_k 8%": {"name": "top_k", "density": 0.08},
         "global_mask 12.5%": {"name": "global_mask", "density": 0.125, "refresh": 20},
-        "seed_projection 1/8": {"name": "seed_projection", "directions": 816},
-        "count_sketch 3 x 272": {"name": "count_sketch", "rows": 3, "columns": 272, "density": 0.1, "max_norm": 2.0},
-        "svd_truncate rank 2": {"name": "svd_truncate", "rank": 2},
+        "seed_projection 1/8": {"name": "seed_projection", "directions": length // 8},
+        "count_sketch 1/8": {
+            "name": "count_sketch",
+            "rows": 3,
+            "columns": length // 24,
+            "density": 0.1,
+            "max_norm": 2.0,
+        },
+        "svd_truncate rank 1": {"name": "svd_truncate", "rank": 1},
         "sign": {"name": "sign", "magnitude": 0.01, "vote": "mean"},
         "stochastic_quantizer 1 bit": quantised(1, 0.05),
         "random_k 3%": {"name": "random_k", "density": 0.03125},
         "random_k 12.5% + 8 bit": {"name": "random_k", "density": 0.125, "inner": quantised(8, 0.2)},
-        "seed_projection 1/32": {"name": "seed_projection", "directions": 204},
+        "seed_projection 1/32": {"name": "seed_projection", "directions": length // 32},
         "powersgd rank 1": {"name": "powersgd", "rank": 1},
     }
 
@@ -187,7 +196,8 @@ def settings_of(cell: dict[str, Any]) -> list[str]:
         ]
     rate, head_rate = RATES[cell["tuning"]]
     # AdamW moves a value by about its rate in each step, so this bounds all but a few values of an update
-    chosen = codecs(STEPS * head_rate)[cell["codec"].split(", 8 bit down")[0]]
+    length = LORA_VALUES[cell["tuning"]] + HEAD_VALUES[cell["data"]]
+    chosen = codecs(STEPS * head_rate, length)[cell["codec"].split(", 8 bit down")[0]]
     down = table_settings("downlink", DOWNLINK[cell["codec"]]) if cell["codec"] in DOWNLINK else []
     return [
         *DATA[cell["data"]],
@@ -258,7 +268,7 @@ def cells(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed in range(1, options.seeds + 1):
         for what in options.what:
             for data in ["pydoc"] if what == "private" else options.sets:
-                every = private_codecs() if what == "private" else [*codecs(1.0), *DOWNLINK]
+                every = private_codecs() if what == "private" else [*codecs(1.0, 1), *DOWNLINK]
                 names: Sequence[str] = FEW.get(what, list(every))
                 for codec in names:
                     if options.only is None or codec in options.only:
@@ -288,7 +298,7 @@ def mean(rows: Sequence[dict[str, Any]], key: str) -> float:
 def reference(data: str, rows: Sequence[dict[str, Any]]) -> float:
     """Return the bytes that full fine-tuning sends up a client and round: measured, or 4 a value before it has run."""
     measured = [row["bytes_up"] for row in rows if row["data"] == data and row["tuning"] == "full"]
-    return statistics.mean(measured) if measured else 4.0 * FULL_VALUES[data]
+    return statistics.mean(measured) if measured else 4.0 * (LORA_VALUES["full"] + HEAD_VALUES[data])
 
 
 def front(points: dict[Any, tuple[float, float]]) -> set[Any]:
