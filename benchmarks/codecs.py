@@ -8,8 +8,8 @@
 
 A cell is one ``privfed train`` of the preset "demo" or "sst2" with the overrides named here; bytes are the lengths of
 the messages that it wrote, headers included, as metrics.jsonl has them. All cells of a data set without privacy take
-the same rows, clients, rounds, batches and local steps; only what is trained and how it is sent differ. Finished cells
-are kept in benchmarks/codecs.jsonl and not run again.
+the same rows, clients and batches, and the same rounds and local steps but for the head, of which more are cheap; only
+what is trained and how it is sent differ. Finished cells are kept in benchmarks/codecs.jsonl and not run again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ COMMON = [
     "server.momentum=0.0",
     "server.evaluate_every=1000",
 ]
-STEPS = 8
+ROUNDS = {"full": 10, "lora": 10, "lora, all blocks": 10, "head": 30}
+STEPS = {"full": 8, "lora": 8, "lora, all blocks": 8, "head": 16}
 PLAIN = [
     *COMMON,
     "partition.clients=5",
@@ -55,9 +56,7 @@ PLAIN = [
     "client.optimizer=adamw",
     "client.sampling_probability=unset",
     "client.batch_size=16",
-    f"client.local_steps={STEPS}",
     "server.learning_rate=1.0",
-    "server.rounds=10",
 ]
 RATES = {"full": (2e-4, 5e-3), "lora": (2e-3, 1e-2), "lora, all blocks": (2e-3, 1e-2), "head": (2e-2, 2e-2)}
 LORA = ["tuning.name=lora", "tuning.r=8", 'tuning.target_modules=["query", "value"]']
@@ -197,12 +196,14 @@ def settings_of(cell: dict[str, Any]) -> list[str]:
     rate, head_rate = RATES[cell["tuning"]]
     # AdamW moves a value by about its rate in each step, so this bounds all but a few values of an update
     length = LORA_VALUES[cell["tuning"]] + HEAD_VALUES[cell["data"]]
-    chosen = codecs(STEPS * head_rate, length)[cell["codec"].split(", 8 bit down")[0]]
+    chosen = codecs(STEPS[cell["tuning"]] * head_rate, length)[cell["codec"].split(", 8 bit down")[0]]
     down = table_settings("downlink", DOWNLINK[cell["codec"]]) if cell["codec"] in DOWNLINK else []
     return [
         *DATA[cell["data"]],
         *PLAIN,
         *TUNINGS[cell["tuning"]],
+        f"server.rounds={ROUNDS[cell['tuning']]}",
+        f"client.local_steps={STEPS[cell['tuning']]}",
         f"client.learning_rate={rate}",
         f"client.head_learning_rate={head_rate}",
         *table_settings("compression", chosen),
