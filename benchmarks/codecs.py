@@ -258,7 +258,7 @@ def run_cell(cell: dict[str, Any], source: Path | None) -> dict[str, Any]:
         "rounds": len(rounds),
         "lost": sum(bool(line["lost"]) for line in rounds),
         "dropped": sum(len(line["dropped"]) for line in rounds),
-        "saturated": sum(line["saturated"] for line in rounds),
+        "saturated": sum(line["saturated"] or 0 for line in rounds),
         "spent": receipt["views"]["release"]["epsilon"],
         "cpu_seconds": round(time.process_time() - started, 1),
     }
