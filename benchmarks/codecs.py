@@ -349,14 +349,15 @@ def private_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw accuracy against bytes for both data sets, each with its front."""
+    """Draw accuracy against bytes, each data set with its front."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(DATA), figsize=(10, 4.2), layout="constrained")
-    for axis, data in zip(axes, DATA, strict=True):
+    sets = [name for name in DATA if any(row["data"] == name and row["epsilon"] is None for row in rows)]
+    figure, axes = plt.subplots(1, len(sets), figsize=(5 * len(sets), 4.2), layout="constrained", squeeze=False)
+    for axis, data in zip(axes[0], sets, strict=True):
         found = grouped([row for row in rows if row["data"] == data and row["epsilon"] is None])
         points = {name: (mean(each, "bytes_up"), mean(each, "accuracy")) for name, each in found.items()}
         for (tuning, _), marker in zip(TUNINGS.items(), "*sDo", strict=True):
