@@ -30,9 +30,9 @@ from shared_work import append_row, find_file, interval, read_rows, share_frozen
 
 STORE = Path(__file__).with_name("codecs.jsonl")
 CACHE = Path("runs/codecs")
-# values that are trained: the head and LoRA's factors in one block and in six; for `full`, until it has been measured
+# values that are trained: the head, and LoRA's factors in the last block; for `full`, until it has been measured
 HEAD_VALUES = {"pydoc": 11 * 385, "sst2": 2 * 385}
-LORA_VALUES = {"head": 0, "lora": 12_288, "lora, all blocks": 6 * 12_288, "full": 22_713_216}
+LORA_VALUES = {"head": 0, "lora": 12_288, "lora, all layers": 55_296, "full": 22_713_216}
 DATA = {
     "pydoc": ["model.max_length=32"],
     "sst2": ["data.limit=unset"],
@@ -46,8 +46,8 @@ COMMON = [
     "server.momentum=0.0",
     "server.evaluate_every=1000",
 ]
-ROUNDS = {"full": 10, "lora": 10, "lora, all blocks": 10, "head": 30}
-STEPS = {"full": 8, "lora": 8, "lora, all blocks": 8, "head": 16}
+ROUNDS = {"full": 10, "lora": 10, "lora, all layers": 10, "head": 30}
+STEPS = {"full": 8, "lora": 8, "lora, all layers": 8, "head": 16}
 PLAIN = [
     *COMMON,
     "partition.clients=5",
@@ -58,12 +58,12 @@ PLAIN = [
     "client.batch_size=16",
     "server.learning_rate=1.0",
 ]
-RATES = {"full": (2e-4, 5e-3), "lora": (2e-3, 1e-2), "lora, all blocks": (2e-3, 1e-2), "head": (2e-2, 2e-2)}
-LORA = ["tuning.name=lora", "tuning.r=8", 'tuning.target_modules=["query", "value"]']
+RATES = {"full": (2e-4, 5e-3), "lora": (2e-3, 1e-2), "lora, all layers": (2e-3, 1e-2), "head": (2e-2, 2e-2)}
+LORA = ["tuning.name=lora", "tuning.r=8", "tuning.layers_to_transform=[5]"]
 TUNINGS = {
     "full": ["tuning.name=full"],
-    "lora": [*LORA, "tuning.layers_to_transform=[5]"],
-    "lora, all blocks": [*LORA, "tuning.layers_to_transform=unset"],
+    "lora": [*LORA, 'tuning.target_modules=["query", "value"]'],
+    "lora, all layers": [*LORA, 'tuning.target_modules=["query", "key", "value", "dense"]'],
     "head": ["tuning.name=head"],
 }
 # 250 clients of which 50 take part; the learning rate is the best of three for `identity`
@@ -127,9 +127,10 @@ def codecs(top: float, length: int) -> dict[str, dict[str, Any]]:
 DOWNLINK = {"identity, 8 bit down": {"name": "stochastic_quantizer", "bits": 8, "max_value": 1.0}}
 FEW = {
     "full": ("identity",),
-    "lora, all blocks": ("stochastic_quantizer 4 bit",),
+    "lora, all layers": ("stochastic_quantizer 8 bit", "stochastic_quantizer 4 bit", "identity"),
     "lora": (
         "identity",
+        "stochastic_quantizer 8 bit",
         "stochastic_quantizer 4 bit",
         "random_k 25% + 4 bit",
         "random_k 10% + 4 bit, feedback",
