@@ -8,8 +8,9 @@
 
 A cell is one ``privfed train`` of the preset "demo" or "sst2" with the overrides named here; bytes are the lengths of
 the messages that it wrote, headers included, as metrics.jsonl has them. All cells of a data set without privacy take
-the same rows, clients and batches, and the same rounds and local steps but for the head, of which more are cheap; only
-what is trained and how it is sent differ. Finished cells are kept in benchmarks/codecs.jsonl and not run again.
+the same rows, clients and batches, and the same rounds and local steps but for the head, of which more are cheap, and
+"lora, long"; only what is trained and how it is sent differ. Finished cells are kept in benchmarks/codecs.jsonl and not
+run again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ STORE = Path(__file__).with_name("codecs.jsonl")
 CACHE = Path("runs/codecs")
 # values that are trained: the head, and LoRA's factors in the last block; for `full`, until it has been measured
 HEAD_VALUES = {"pydoc": 11 * 385, "sst2": 2 * 385}
-LORA_VALUES = {"head": 0, "lora": 12_288, "lora, all layers": 55_296, "full": 22_713_216}
+LORA_VALUES = {"head": 0, "lora": 12_288, "lora, long": 12_288, "lora, all layers": 55_296, "full": 22_713_216}
 DATA = {
     "pydoc": ["model.max_length=32"],
     "sst2": ["data.limit=unset"],
@@ -46,8 +47,8 @@ COMMON = [
     "server.momentum=0.0",
     "server.evaluate_every=1000",
 ]
-ROUNDS = {"full": 10, "lora": 10, "lora, all layers": 10, "head": 30}
-STEPS = {"full": 8, "lora": 8, "lora, all layers": 8, "head": 16}
+ROUNDS = {"full": 10, "lora": 10, "lora, long": 30, "lora, all layers": 10, "head": 30}
+STEPS = {"full": 8, "lora": 8, "lora, long": 8, "lora, all layers": 8, "head": 16}
 PLAIN = [
     *COMMON,
     "partition.clients=5",
@@ -58,11 +59,18 @@ PLAIN = [
     "client.batch_size=16",
     "server.learning_rate=1.0",
 ]
-RATES = {"full": (2e-4, 5e-3), "lora": (2e-3, 1e-2), "lora, all layers": (2e-3, 1e-2), "head": (2e-2, 2e-2)}
+RATES = {
+    "full": (2e-4, 5e-3),
+    "lora": (2e-3, 1e-2),
+    "lora, long": (2e-3, 1e-2),
+    "lora, all layers": (2e-3, 1e-2),
+    "head": (2e-2, 2e-2),
+}
 LORA = ["tuning.name=lora", "tuning.r=8", "tuning.layers_to_transform=[5]"]
 TUNINGS = {
     "full": ["tuning.name=full"],
     "lora": [*LORA, 'tuning.target_modules=["query", "value"]'],
+    "lora, long": [*LORA, 'tuning.target_modules=["query", "value"]'],
     "lora, all layers": [*LORA, 'tuning.target_modules=["query", "key", "value", "dense"]'],
     "head": ["tuning.name=head"],
 }
@@ -127,6 +135,7 @@ def codecs(top: float, length: int) -> dict[str, dict[str, Any]]:
 DOWNLINK = {"identity, 8 bit down": {"name": "stochastic_quantizer", "bits": 8, "max_value": 1.0}}
 FEW = {
     "full": ("identity",),
+    "lora, long": ("stochastic_quantizer 8 bit", "stochastic_quantizer 4 bit"),
     "lora, all layers": ("stochastic_quantizer 8 bit", "stochastic_quantizer 4 bit", "identity"),
     "lora": (
         "identity",
@@ -361,7 +370,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, data in zip(axes[0], sets, strict=True):
         found = grouped([row for row in rows if row["data"] == data and row["epsilon"] is None])
         points = {name: (mean(each, "bytes_up"), mean(each, "accuracy")) for name, each in found.items()}
-        for (tuning, _), marker in zip(TUNINGS.items(), "*sDo", strict=True):
+        for (tuning, _), marker in zip(TUNINGS.items(), "*s^Do", strict=True):
             mine = [point for name, point in points.items() if name[0] == tuning]
             if mine:
                 axis.scatter(*zip(*mine, strict=True), marker=marker, s=110 if marker == "*" else 30, label=tuning)
