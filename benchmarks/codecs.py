@@ -16,8 +16,6 @@ run again.
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
 import json
 import statistics
 import sys
@@ -27,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared_work import append_row, find_file, interval, read_rows, share_frozen_work
+from shared_work import append_row, find_file, interval, read_rows, share_frozen_work, subset
 
 STORE = Path(__file__).with_name("codecs.jsonl")
 CACHE = Path("runs/codecs")
@@ -223,23 +221,13 @@ def settings_of(cell: dict[str, Any]) -> list[str]:
     ]
 
 
-def subset(path: Path, rows: int) -> Path:
-    """Return a file of ``rows`` rows of ``path``, those with the least SHA-256."""
-    out = CACHE / f"{rows}-{path.name}"
-    if not out.exists():
-        lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
-        lines.sort(key=lambda line: hashlib.sha256(line).digest())
-        out.write_bytes(gzip.compress(b"".join(lines[:rows]), mtime=0))
-    return out
-
-
 def files_of(data: str, source: Path | None) -> list[str]:
     """Return the overrides that name the files of a data set that is not built in."""
     if data == "pydoc":
         return []
     if source is None:
         raise SystemExit("SST-2 does not come with privfed: pass the folder of its files as --data, or take pydoc.")
-    train = subset(find_file(source, "sst2_train.jsonl.gz"), SST2_ROWS)
+    train = subset(find_file(source, "sst2_train.jsonl.gz"), SST2_ROWS, CACHE)
     return [f"data.path={train}", f"data.test_path={find_file(source, 'sst2_dev.jsonl.gz')}"]
 
 
