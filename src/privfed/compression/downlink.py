@@ -12,7 +12,7 @@ from privfed.compression import Codec
 from privfed.compression.message import read, sum_of_one, to_bytes
 from privfed.errors import ConfigError, ProtocolError
 from privfed.rng import PrivateStream
-from privfed.types import EncodedSum, Float32
+from privfed.types import Float32
 
 
 def encode_broadcast(codec: Codec, change_D: Float32, stream: PrivateStream) -> tuple[bytes, Float32]:
@@ -40,15 +40,7 @@ def decode_broadcast(codec: Codec, message: bytes, length: int) -> Float32:
     received = read(message, length=length, codec=codec)
     if received.client_id or received.weight != 1.0:
         raise ProtocolError("The message is a client's, expected the server's broadcast.")
-    alone = EncodedSum(
-        sum_M=received.values,
-        codec=codec.name,
-        scale=received.scale,
-        length=length,
-        survivors=1,
-        total_weight=1.0,
-    )
-    return codec.decode_sum(alone).astype(np.float32)
+    return codec.decode_sum(received.alone(codec, length)).astype(np.float32)
 
 
 def _check(codec: Codec) -> None:

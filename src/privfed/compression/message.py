@@ -43,6 +43,17 @@ class Received:
     values: Signed = field(repr=False)
     trained: bytes = b""
 
+    def alone(self, codec: Codec, length: int) -> EncodedSum:
+        """Return the message as the sum of itself, of a vector of D = ``length`` values."""
+        return EncodedSum(
+            sum_M=self.values,
+            codec=codec.name,
+            scale=self.scale,
+            length=length,
+            survivors=1,
+            total_weight=self.weight,
+        )
+
 
 def kind_of(encoded: Encoded) -> str:
     """Return how the values of an encoding travel."""

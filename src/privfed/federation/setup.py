@@ -179,11 +179,9 @@ def _phase(
     store = _store(sharing, codec, own, phase_plan.name)
     downlink = _downlink(config, sharing, trainer)
     supports = deal_ranks(server.ranks, material.shards, sharing.layout, trainer.module)
-    if masked and supports:
-        _check_ranks_hidden(config, supports, phase_plan.cohort_size)
     layers = deal_layers(server.layers, material.shards, sharing.layout, trainer.module)
-    if masked and layers is not None:
-        _check_hidden(config, layers, sharing, phase_plan.cohort_size)
+    if masked:
+        _check_hidden(config, supports, layers, sharing, phase_plan.cohort_size)
 
     def client(shard: Shard) -> Client:
         return Client(
@@ -240,35 +238,27 @@ def _recorder(config: RunConfig, phase: Phase, folder: Path, plan: Plan | None, 
     return Recorder(folder / phase.plan.name, facts)
 
 
-def _check_ranks_hidden(config: RunConfig, supports: Mapping[str, Support], cohort: int) -> None:
-    """Refuse ranks of which no masked round of a run could hide the largest.
+def _check_hidden(
+    config: RunConfig, supports: Mapping[str, Support], layers: Layers | None, sharing: Sharing, cohort: int
+) -> None:
+    """Refuse ranks or groups of blocks of which no masked round of a run could hide the clients.
 
     Raises:
-        ConfigError: If too few of all clients have it.
+        ConfigError: If a part of the model is trained by too few of all clients.
     """
-    least = config.secagg.requirements().most_corrupt(cohort) + OTHERS
-    reason = refusal(supports.values(), least)
+    corrupt = config.secagg.requirements().most_corrupt(cohort)
+    given, reason, instead = "", None, ""
+    if supports:
+        given, reason = f"server.ranks = {config.server.ranks}", refusal(supports.values(), corrupt + OTHERS)
+        instead = "give the largest rank to more clients, or set"
+    elif layers is not None:
+        given = f"server.layers = {config.server.layers}"
+        reason = layers.refusal(layers.by_client, sharing.shared, corrupt + OTHERS)
+        instead = "use larger groups of blocks, so that each is trained by more clients, or"
     if reason is not None:
         raise ConfigError(
-            f'server.ranks = {config.server.ranks} with secagg.name = "masked": {reason}, of which '
-            f"{least - OTHERS} may be corrupt (secagg.corrupt = {config.secagg.corrupt:g}); give the largest rank to "
-            'more clients, or set secagg.name = "none".'
-        )
-
-
-def _check_hidden(config: RunConfig, layers: Layers, sharing: Sharing, cohort: int) -> None:
-    """Refuse groups so small that no masked round of a run could hide its clients.
-
-    Raises:
-        ConfigError: If a tensor is trained by too few of all clients.
-    """
-    least = config.secagg.requirements().most_corrupt(cohort) + OTHERS
-    reason = layers.refusal(layers.by_client, sharing.shared, least)
-    if reason is not None:
-        raise ConfigError(
-            f'server.layers = {config.server.layers} with secagg.name = "masked": {reason}, of which '
-            f"{least - OTHERS} may be corrupt (secagg.corrupt = {config.secagg.corrupt:g}); use larger groups of "
-            'blocks, so that each is trained by more clients, or secagg.name = "none".'
+            f'{given} with secagg.name = "masked": {reason}, of which {corrupt} may be corrupt (secagg.corrupt = '
+            f'{config.secagg.corrupt:g}); {instead} secagg.name = "none".'
         )
 
 

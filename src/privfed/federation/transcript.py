@@ -139,15 +139,7 @@ class Transcript:
             raise ConfigError(f"Round {record.round} has no message of {client_id!r}: it has {list(record.clients)}.")
         codec, length = self._codec(record), self._length(record)
         received = read(record.messages[record.clients.index(client_id)], length=length, codec=codec)
-        alone = EncodedSum(
-            sum_M=received.values,
-            codec=codec.name,
-            scale=received.scale,
-            length=length,
-            survivors=1,
-            total_weight=received.weight,
-        )
-        return self._decoded(codec, alone, record)
+        return self._decoded(codec, received.alone(codec, length), record)
 
     def mean(self, record: RoundRecord) -> Float32 | None:
         """Return the average of the survivors' updates [D] *as the server had it*; None for a lost round.
