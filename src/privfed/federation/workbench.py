@@ -13,7 +13,7 @@ from privfed.errors import ModelError
 from privfed.federation.canaries import Canaries
 from privfed.federation.material import Material
 from privfed.federation.phases import TRAIN, WARM_START, phases
-from privfed.federation.planted import PlantedExamples, given_gradients
+from privfed.federation.planted import GivenGradients, PlantedExamples, given_gradients
 from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples, head_features
 from privfed.models.loading import LoadedModel, load_model
 from privfed.models.prefix import attach, find_prefix
@@ -21,6 +21,7 @@ from privfed.models.tasks import build_examples
 from privfed.rng import experiment_rng, experiment_seed
 from privfed.tuning import TUNINGS, TunedModel
 from privfed.tuning.layout import layout_of
+from privfed.types import ParamLayout
 
 if TYPE_CHECKING:
     from privfed.federation.progress import Progress
@@ -74,10 +75,18 @@ def planted(config: RunConfig, bench: Workbench, canaries: Canaries) -> PlantedE
     Raises:
         ModelError: If there are more canaries than values for them.
     """
-    layout = layout_of(bench.tuned.model)
-    rng = experiment_rng(config.seed, "canaries", "values")
-    gradients = given_gradients(layout, len(canaries), config.privacy.l2_clip_norm, rng)
+    gradients = given_of(config, layout_of(bench.tuned.model), canaries)
     return PlantedExamples(bench.train, int(canaries.rows_M[0]), gradients)
+
+
+def given_of(config: RunConfig, layout: ParamLayout, canaries: Canaries) -> GivenGradients:
+    """Return the gradients that a run's canaries are given; they follow from its seed, and are no secret.
+
+    Raises:
+        ModelError: If there are more canaries than values for them.
+    """
+    rng = experiment_rng(config.seed, "canaries", "values")
+    return given_gradients(layout, len(canaries), config.privacy.l2_clip_norm, rng)
 
 
 def load_tuned(config: RunConfig, material: Material) -> tuple[LoadedModel, TunedModel]:

@@ -75,7 +75,8 @@ def test_rare_token_records_are_new_texts_of_the_rarest_words(config):
     made = planted.texts[len(material.dataset.train) :]
     assert len(set(made)) == COUNT
     assert not set(made) & set(material.dataset.train.texts)
-    counts = {word: " ".join(material.dataset.train.texts).split().count(word) for text in made for word in text.split()}
+    words = " ".join(material.dataset.train.texts).split()
+    counts = {word: words.count(word) for text in made for word in text.split()}
     assert min(counts.values()) >= 1
     assert len(planted) == len(planted.labels) == len(planted.clients)
 
