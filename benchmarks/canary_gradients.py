@@ -104,8 +104,8 @@ def table() -> list[str]:
             "none" if row[key] is None else f"{row[key]:.2f}" for key in ("accounted", "ratio", "ceiling")
         )
         out.append(
-            f"| {row['variant']} | {row['view']} | {row['canaries']} | {row['empirical']:.2f} | {accounted} | {ratio} | "
-            f"{top} | {row['attack']} | {row['auc']:.3f} |"
+            f"| {row['variant']} | {row['view']} | {row['canaries']} | {row['empirical']:.2f} | {accounted} "
+            f"| {ratio} | {top} | {row['attack']} | {row['auc']:.3f} |"
         )
     return out
 

@@ -23,7 +23,7 @@ from privfed_audits.mutants import MUTANTS
 
 STORE = Path(__file__).with_name("mutants.jsonl")
 EPSILON, MOST_WRONG = 2.0, 1
-SIZE = Size(canaries=3000, rounds=4, lonely=160, lonely_rounds=12)
+SIZE = Size(canaries=3000, rounds=4, lonely=260, lonely_rounds=12)
 
 
 def builds() -> dict[str, tuple[str, Any]]:
