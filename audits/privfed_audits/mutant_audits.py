@@ -199,7 +199,8 @@ def lonely(*, epsilon: float, size: Size, seed: int) -> Outcome:
     trainer, params_D = own.trainer(probability), read_flat(own.module)
     scores = np.zeros(size.lonely)
     try:
-        for canary, inside in enumerate(unseal(own.truth)):
+        bits_M = unseal(own.truth)
+        for canary, inside in enumerate(bits_M):
             rows = np.array([0, 1 + canary] if inside else [0], dtype=np.int64)
             shard = Shard(client_id=str(canary), indices=rows)
             for number in range(size.lonely_rounds):
