@@ -69,6 +69,11 @@ class StochasticQuantizer(BaseCodec):
                 "bits: use fewer bits or a smaller cohort."
             )
 
+    @property
+    def step(self) -> float:
+        """What one integer is worth: ``scale`` of every message."""
+        return self._step
+
     def l2_bound(self, bound: float, length: int) -> float:
         """Return the bound; see the class."""
         longest = float(self._config.max_value * length**0.5)
