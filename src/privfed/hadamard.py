@@ -69,9 +69,9 @@ def _signs(seed: bytes, length: int) -> NDArray[np.int8]:
 
 
 def _transform(values_M: Any) -> Any:
-    """Return H values / sqrt(M), by factors of H of up to 8 rows (H is their Kronecker product); overwrites ``values_M``.
+    """Return H values / sqrt(M), by factors of H of up to 8 rows (H is their Kronecker product).
 
-    It goes back and forth between two vectors: fresh memory costs as much as a factor does.
+    Overwrites ``values_M``. It goes back and forth between two vectors: fresh memory costs as much as a factor does.
     """
     bits, source, target = values_M.size.bit_length() - 1, values_M, np.empty_like(values_M)
     for done in range(0, bits, _FACTOR_BITS):

@@ -121,7 +121,8 @@ class BernoulliMask(BaseCodec):
         absent_S = _draws(len(trained_S), stream) >= _chances(trained_S)
         plain = self._quantizer.encode(np.ascontiguousarray(vector_D[~scores_D]), stream)
         if self._ring is None:
-            planes = (plain.values_M >> np.arange(self._config.bits, dtype=np.uint32)[:, None]) & np.uint32(1)
+            steps_P = plain.values_M.astype(np.uint32, copy=False)
+            planes = (steps_P >> np.arange(self._config.bits, dtype=np.uint32)[:, None]) & np.uint32(1)
             values_M = np.concatenate([signs(absent_S, None), planes.ravel()])
         else:
             values_M = np.empty(length, dtype=np.uint32)
@@ -221,7 +222,7 @@ def _chances(scores_S: Float64) -> Float64:
 
 def _draws(count: int, stream: PrivateStream) -> Float64:
     """Return numbers uniform on [0, 1), 32 random bits each."""
-    return stream.raw(4 * count).view(np.uint32) * 2.0**-32
+    return np.multiply(stream.raw(4 * count).view(np.uint32), 2.0**-32, dtype=np.float64)
 
 
 def _declare(config: BernoulliMaskConfig, masked: bool) -> Properties:

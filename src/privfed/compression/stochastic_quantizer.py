@@ -74,7 +74,7 @@ class StochasticQuantizer(BaseCodec):
     @property
     def step(self) -> float:
         """What one integer is worth: ``scale`` of every message."""
-        return self._step
+        return float(self._step)
 
     def l2_bound(self, bound: float, length: int) -> float:
         """Return the bound; see the class."""
