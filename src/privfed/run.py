@@ -255,8 +255,7 @@ class _Run:
             still = vanishing | (set(sharing.layout.names) - sharing.must_move(plan.rounds, plan.local_steps))
             moved = sentinels.check_moved(
                 sharing.layout,
-                outcome.start_D[TRAIN],
-                outcome.state.params_D,
+                outcome.moved,
                 still,
                 # a block whose clients were in no cohort stands still
                 dense=stage.phase.codec.properties.dense

@@ -146,7 +146,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         broadcast=sent,
         meter=phase.meter() if phase.meter else None,
     )
-    codec = codec_at(phase.codec, place, phase.sharing.part(number).sent, broadcast.codec)
+    codec = codec_at(phase.codec, place, phase.sharing.part(number).sent, broadcast.codec, given.params_D)
     done = _combined(_gathered(exchange, cohort, codec), phase)
     after = _advance(replace(state, mechanism=done.memory), given, done, phase)
     if phase.recorder:
