@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from privfed import __version__
 from privfed.config import RunConfig, differences, parse_config
 from privfed.errors import BudgetExceededError, ConfigError, PrivfedError, ResumeError
+from privfed.federation import canaries, recorder, saving, sentinels, setup, structure, workbench
 from privfed.federation import folder as folders
 from privfed.federation import material as materials
-from privfed.federation import recorder, saving, sentinels, setup, structure, workbench
 from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.client import Holder
 from privfed.federation.engines.in_process import Outcome, run_phases
@@ -87,6 +87,10 @@ def train(config: RunConfig, *, out: Path, resume: bool = False, progress: Progr
     try:
         setup.set_deterministic()
         material = materials.gather(config)
+        if config.audit.canaries:
+            under_way = load_checkpoint(run_folder.checkpoint) is not None
+            coins = canaries.toss(run_folder.path, config, started=under_way)
+            material = canaries.plant(config, material, coins)
         with ExitStack() as stack:
             ledger = stack.enter_context(_open_ledger(config, run_folder))
             runner = _Run(config, run_folder, material, ledger, watch)

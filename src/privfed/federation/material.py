@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,15 +20,23 @@ from privfed.rules import check_cohort
 from privfed.tuning import check as check_tuning
 from privfed.types import Shard
 
+if TYPE_CHECKING:
+    from privfed.federation.canaries import Canaries
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """Data and their division, before any model is loaded."""
+    """Data and their division, before any model is loaded.
+
+    Attributes:
+        canaries: What was planted for an audit, or None.
+    """
 
     dataset: Dataset
     shards: tuple[Shard, ...]
     partition_digest: str
     notes: tuple[str, ...]
+    canaries: Canaries | None = None
 
 
 def check_before_data(config: RunConfig) -> None:
@@ -74,6 +83,16 @@ def gather(config: RunConfig) -> Material:
     single = () if labels is None else single_class_clients(shards, labels)
     if single:
         notes.append(f"{len(single)} clients hold a single class: {', '.join(single[:5])}")
+    return divided(config, Material(dataset=dataset, shards=(), partition_digest="", notes=tuple(notes)), shards)
+
+
+def divided(config: RunConfig, material: Material, shards: tuple[Shard, ...]) -> Material:
+    """Return the material under this division.
+
+    Raises:
+        DataError: If a shard is too small for the batch.
+        ConfigError: If there are too few clients.
+    """
     cohort = config.server.cohort_size
     if cohort is not None and cohort > len(shards):
         raise ConfigError(f"server.cohort_size = {cohort}, but the partition has {len(shards)} clients: lower it.")
@@ -81,7 +100,7 @@ def gather(config: RunConfig) -> Material:
     if config.secagg.name == "masked" and len(shards) < 2:
         raise ConfigError('A masked sum needs two clients and the partition has one: set secagg.name = "none".')
     _check_batches(config, shards)
-    return Material(dataset=dataset, shards=shards, partition_digest=_partition_digest(shards), notes=tuple(notes))
+    return replace(material, shards=shards, partition_digest=_partition_digest(shards))
 
 
 def plans(config: RunConfig, material: Material, lengths: Mapping[str, int] | None = None) -> list[PhasePlan]:
