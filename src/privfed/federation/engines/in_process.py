@@ -18,6 +18,7 @@ from privfed.errors import ConfigError
 from privfed.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from privfed.federation.client import Holder
 from privfed.federation.evaluate import Score, evaluate, right_answers
+from privfed.federation.exchange import Connect, Exchange
 from privfed.federation.fairness import Right
 from privfed.federation.folder import RunFolder
 from privfed.federation.meter import NOTE, MeterReading
@@ -53,6 +54,7 @@ def run_phases(
     progress: Progress,
     label_names: Sequence[str],
     spent: Spent,
+    connect: Connect = Exchange,
 ) -> Outcome:
     """Run every phase from where the folder's checkpoint stands to the end.
 
@@ -64,6 +66,7 @@ def run_phases(
         progress: Told what happens.
         label_names: For per-class scores.
         spent: Maps (phase, completed rounds) to the epsilon spent so far, None without a guarantee.
+        connect: Makes the path of each round's messages: by default the clients of this process.
 
     Raises:
         BudgetExceededError: If a charge would pass the holder's cap.
@@ -83,7 +86,7 @@ def run_phases(
         if state is None or fresh:
             # a later phase starts from what the earlier one left in the module they share
             state = start_of(stage)
-        loop = _Loop(stage, config, folder, holder, progress, label_names, spent, totals)
+        loop = _Loop(stage, config, folder, holder, progress, label_names, spent, totals, connect)
         state, score = loop.run(state, fresh=fresh)
     if score is None or state is None:
         raise ConfigError("A run has at least one phase.")
@@ -126,6 +129,7 @@ class _Loop:
     label_names: Sequence[str]
     spent: Spent
     totals: dict[str, float]
+    connect: Connect
 
     def run(self, state: ServerState, *, fresh: bool) -> tuple[ServerState, Score]:
         """Return the state after the last round and its score.
@@ -141,7 +145,7 @@ class _Loop:
             self._save(state)
         while state.round < plan.rounds:
             before = time.perf_counter()
-            state, report = run_round(state, self.stage.phase, self.holder, self.progress)
+            state, report = run_round(state, self.stage.phase, self.holder, self.progress, self.connect)
             epsilon = self.spent(plan.name, state.round)
             self._add(report)
             self.folder.log(_round_record(report, epsilon))
