@@ -37,8 +37,8 @@ opening-seconds = 900.0
 patience-seconds = 900.0
 """,
     "privfed_app/__init__.py": '"""The installed privfed does the work."""\n',
-    "privfed_app/server.py": "from privfed.deployment.server_app import app as app\n",
-    "privfed_app/client.py": "from privfed.federation.engines.flower.client_app import app as app\n",
+    "privfed_app/server.py": "from privfed.deployment import server_app\n\napp = server_app.app\n",
+    "privfed_app/client.py": "from privfed.federation.engines.flower import client_app\n\napp = client_app.app\n",
 }
 
 

@@ -48,7 +48,7 @@ class SiteConfig(Table):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.part is None) == (self.data is None):
-            raise ValueError("expected either part = [i, n], of the run's own data set, or a table [data] of the site's")
+            raise ValueError("expected either part = [i, n], of the run's own data set, or a table [data] of its own")
         if self.insecure == (self.root_certificates is not None):
             raise ValueError("expected either root_certificates, for TLS, or insecure = true")
         return self

@@ -52,7 +52,7 @@ class Watch(Progress):
         """Say who left and why."""
         self.message(f"dropped {client_id}: {reason}")
 
-    def round_started(self, phase: str, number: int, rounds: int, cohort: int) -> None:
+    def round_started(self, phase: str, number: int, rounds: int, cohort: int) -> None:  # noqa: ARG002
         """Note the cohort."""
         self._gauges |= {"privfed_cohort": cohort, "privfed_rounds": rounds}
 

@@ -33,7 +33,12 @@ class Lab:
     """
 
     def __init__(
-        self, config: RunConfig, count: int, folder: Path, accept: Mapping[str, Any] | None = None, caps: Caps | None = None
+        self,
+        config: RunConfig,
+        count: int,
+        folder: Path,
+        accept: Mapping[str, Any] | None = None,
+        caps: Caps | None = None,
     ) -> None:
         self.folder = folder
         given = {"models": [config.model.name], "reproducible_noise": True, **(accept or {})}

@@ -60,7 +60,11 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {"secagg": {"name": "none"}},
     "examples": {"server": {"weighting": "examples", "cohort_size": 4}, "partition": {"name": "quantity"}},
     "error feedback": {"compression": {"name": "sign"}, "secagg": {"name": "none"}},
-    "distributed": {"privacy": {"placement": "distributed"}, "server": {"cohort_size": 4}},
+    "distributed": {
+        "privacy": {"placement": "distributed"},
+        "client": {"local_steps": 1},
+        "server": {"cohort_size": 4},
+    },
     "warm start": {"head_warm_start": {"name": "dp_probe", "rounds": 1, "sampling_probability": 0.5}},
 }
 
