@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from privfed.deployment.commands import commands
+
 if TYPE_CHECKING:
     from privfed.config import RunConfig
     from privfed.types import View
@@ -413,6 +415,9 @@ def _fail(message: str, kind: str, code: int, as_json: bool) -> NoReturn:
         click.echo(f"Error: {message}", err=True)
     sys.exit(code)
 
+
+for _command in commands(_run, set_option, json_option):
+    main.add_command(_command)
 
 if __name__ == "__main__":
     main()

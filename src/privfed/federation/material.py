@@ -30,6 +30,7 @@ class Material:
 
     Attributes:
         canaries: What was planted for an audit, or None.
+        simulated: Whether the clients are played by this process, so that figures of theirs can be shown.
     """
 
     dataset: Dataset
@@ -37,6 +38,7 @@ class Material:
     partition_digest: str
     notes: tuple[str, ...]
     canaries: Canaries | None = None
+    simulated: bool = True
 
 
 def check_before_data(config: RunConfig) -> None:
@@ -93,6 +95,19 @@ def divided(config: RunConfig, material: Material, shards: tuple[Shard, ...]) ->
         DataError: If a shard is too small for the batch.
         ConfigError: If there are too few clients.
     """
+    found = replace(material, shards=shards, partition_digest=_partition_digest(shards))
+    check_material(config, found)
+    return found
+
+
+def check_material(config: RunConfig, material: Material) -> None:
+    """Refuse a division that the configuration cannot work with.
+
+    Raises:
+        ConfigError: If the cohort or the masks do not fit the number of clients.
+        DataError: If a shard is too small for the batch.
+    """
+    shards = material.shards
     cohort = config.server.cohort_size
     if cohort is not None and cohort > len(shards):
         raise ConfigError(f"server.cohort_size = {cohort}, but the partition has {len(shards)} clients: lower it.")
@@ -100,7 +115,6 @@ def divided(config: RunConfig, material: Material, shards: tuple[Shard, ...]) ->
     if config.secagg.name == "masked" and len(shards) < 2:
         raise ConfigError('A masked sum needs two clients and the partition has one: set secagg.name = "none".')
     _check_batches(config, shards)
-    return replace(material, shards=shards, partition_digest=_partition_digest(shards))
 
 
 def plans(config: RunConfig, material: Material, lengths: Mapping[str, int] | None = None) -> list[PhasePlan]:
@@ -121,7 +135,7 @@ def plan_privacy(config: RunConfig, material: Material, lengths: Mapping[str, in
     """
     if not config.privacy.on:
         return None
-    units = len(material.dataset.train) if config.privacy.unit == "example" else len(material.shards)
+    units = sum(map(len, material.shards)) if config.privacy.unit == "example" else len(material.shards)
     if config.privacy.target_delta >= 1 / units:
         warnings.warn(
             f"privacy.target_delta = {config.privacy.target_delta:g} is not below 1 / {units} {config.privacy.unit}s: "
