@@ -54,8 +54,11 @@ class Node:
         self._thread.join(5)
 
     def ask(self, ask: bytes) -> bytes:
+        from flwr.supercore.task_identity import TaskIdentity
+
         from privfed.federation.engines.flower.records import from_records, to_records
 
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1  # as Flower's process sets them
         message = flwr_app.Message(content=to_records(ask), dst_node_id=1, message_type="train.privfed")
         message.metadata.__dict__["_message_id"] = "7"
         context = flwr_app.Context(
