@@ -94,7 +94,7 @@ def asking(tmp_path: Path) -> Iterator[Callable[..., Callable[[Ask], Reply]]]:
 @pytest.fixture
 def lab(tmp_path: Path, tiny_config: Callable[..., RunConfig]) -> Iterator[Lab]:
     """Two sites of two clients each, with a cap of epsilon 9 and one of 5 for project ``pilot``."""
-    caps = Caps(epsilon=9.0, delta=1e-4, projects={"default": 9.0, "pilot": 5.0})
+    caps = Caps(epsilon=9.0, delta=1e-4, projects={"default": 90.0, "pilot": 5.0})
     found = Lab(tiny_config(), 2, tmp_path / "lab", accept={"min_cohort": 3}, caps=caps)
     yield found
     found.close()
