@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from privfed.errors import ConfigError, PrivfedError
 
 STOP_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
 _EXTRA = "Flower is not installed: pip install 'privfed[flower]'."
 
 
@@ -48,6 +50,11 @@ class Process:
         """Return the end of its log."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
+
+
+def _die_with_parent() -> None:
+    """Have Linux end this process with its parent, however that ends: a node left over would take messages."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def flower(name: str) -> str:
@@ -85,6 +92,7 @@ def start(name: str, command: Sequence[str], *, log: Path, env: Mapping[str, str
             stderr=subprocess.STDOUT,
             env=dict(env),
             start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
     return Process(name, list(command), log, popen)
 

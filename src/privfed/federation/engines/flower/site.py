@@ -3,7 +3,7 @@
 Flower's processes only carry its messages. It trusts nothing that they bring: a run is opened only as the site's policy
 and caps allow, sessions and rounds happen once, and what leaves has been charged to the site's own ledger before.
 
-Nothing here imports torch before a run is opened, and no stage but training computes with it.
+It is one process over the whole run: model, data and sessions are made once, and no stage but training computes.
 """
 
 from __future__ import annotations
