@@ -31,6 +31,7 @@ from privfed.federation.folder import RunFolder
 from privfed.federation.generation import Generation, generate
 from privfed.federation.phases import TRAIN
 from privfed.federation.progress import Progress, Silent
+from privfed.federation.shared import NOTHING, SharedWork
 from privfed.models.language import LanguageExamples
 from privfed.privacy.discrete.planning import survivors_events
 from privfed.privacy.ledger import Ledger
@@ -58,7 +59,14 @@ class RunResult:
     receipt: Mapping[str, Any]
 
 
-def train(config: RunConfig, *, out: Path, resume: bool = False, progress: Progress | None = None) -> RunResult:
+def train(
+    config: RunConfig,
+    *,
+    out: Path,
+    resume: bool = False,
+    progress: Progress | None = None,
+    shared: SharedWork = NOTHING,
+) -> RunResult:
     """Fine-tune as ``config`` says, from its first round or from where the folder's checkpoint stands.
 
     Args:
@@ -66,6 +74,7 @@ def train(config: RunConfig, *, out: Path, resume: bool = False, progress: Progr
         out: The run folder; new, or with ``resume`` the one to continue.
         resume: Continue the run in ``out``; the configuration must be the same.
         progress: Told what happens; silent by default.
+        shared: What other runs of a grid have computed already; the result is the same to the bit without it.
 
     Returns:
         The folder and the receipt.
@@ -86,10 +95,10 @@ def train(config: RunConfig, *, out: Path, resume: bool = False, progress: Progr
         return _finish_again(config, run_folder)
     try:
         setup.set_deterministic()
-        material = materials.gather(config)
+        material = materials.gather(config, shared)
         with ExitStack() as stack:
             ledger = stack.enter_context(_open_ledger(config, run_folder))
-            runner = _Run(config, run_folder, material, ledger, watch)
+            runner = _Run(config, run_folder, material, ledger, watch, shared=shared)
             return runner.finish(runner.train(), started)
     except PrivfedError:
         _discard_unstarted(run_folder)
@@ -109,6 +118,7 @@ class _Run:
     bench: workbench.Workbench | None = None
     results: dict[str, str] | None = None
     stage: setup.Stage | None = None
+    shared: SharedWork = NOTHING
 
     def train(self) -> Outcome:
         """Plan, check, train every phase, check again."""
@@ -165,7 +175,7 @@ class _Run:
 
     def _built(self) -> workbench.Workbench:
         self.watch.message(f"Loading {self.config.model.name}")
-        return workbench.build(self.config, self.material, self.watch)
+        return workbench.build(self.config, self.material, self.watch, self.shared)
 
     def _lengths(self) -> Mapping[str, int] | None:
         distributed = self.config.privacy.is_distributed
