@@ -11,7 +11,7 @@ from typing import Any
 from privfed.config import load_config
 from privfed.errors import ConfigError, PrivfedError
 from privfed.run_config import RunConfig
-from privfed_audits.curves.grid import AXES, Grid
+from privfed_audits.curves.grid import AXES, Grid, place_name
 
 KEY_LENGTH = 16
 
@@ -45,7 +45,7 @@ class Cell:
     @property
     def name(self) -> str:
         """How it is called in progress lines."""
-        return f"{', '.join(self.labels)}, seed {self.seed}"
+        return f"{place_name(self.labels)}, seed {self.seed}"
 
 
 def cells(grid: Grid) -> tuple[Cell, ...]:

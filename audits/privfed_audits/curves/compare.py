@@ -15,8 +15,8 @@ from privfed_audits.statistics import Estimate, holm, t_interval, t_test
 def dominates(one: Setting, other: Setting) -> bool:
     """Return whether ``one`` is at least as good in all of utility, leakage and bytes, and clearly better in one.
 
-    Clearly: the intervals do not overlap; of bytes, which are counted, fewer are enough. Leakage is what is promised (no
-    guarantee is the most) and, where both were audited, what attacks found.
+    Clearly: the intervals do not overlap; of bytes, which are counted, fewer are enough. Leakage is what is promised
+    (no guarantee is the most) and, where both were audited, what attacks found.
     """
     leaks = (one.leakage, other.leakage)
     audited = leaks[0] is not None and leaks[1] is not None
@@ -64,10 +64,10 @@ def choose(found: Sequence[Setting], utility: str) -> Choice | None:
     if len(level) == 1:
         reason = f"Of the {len(pool)} configurations {kind}on the front, {taken.name} is clearly the most useful"
     else:
-        order = "the smallest epsilon, then the least leakage and bytes" if private else "the least leakage and bytes"
+        order = "the smallest epsilon, then least leakage and bytes" if private else "the least leakage and bytes"
         reason = (
             f"Of the {len(pool)} configurations {kind}on the front, {len(level)} are not clearly less useful than the "
-            f"best of them ({best.name}: {shown_utility(utility, best.utility.mean)}); of these, {taken.name} has {order}"
+            f"best ({best.name}: {shown_utility(utility, best.utility.mean)}); of these, {taken.name} has {order}"
         )
     reason += f": {describe(taken, utility)}."
     return Choice(setting=taken, sentence=f"{reason} {_given_up(taken, found, utility)}".strip())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -17,6 +17,11 @@ from privfed.table import Table
 Settings = list[str]
 AXES = ("tuning", "codec", "privacy", "secagg")
 AS_BASE = "as the base"
+
+
+def place_name(labels: Sequence[str]) -> str:
+    """Return labels as a name; an axis on which there is nothing to choose is left out."""
+    return ", ".join(label for label in labels if label != AS_BASE) or AS_BASE
 
 
 def _one() -> dict[str, Settings]:

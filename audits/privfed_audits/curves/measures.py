@@ -13,6 +13,7 @@ from typing import Any
 from privfed.report.text import interval as wilson
 from privfed.types import VIEWS
 from privfed_audits.curves.cells import Cell
+from privfed_audits.curves.grid import place_name
 from privfed_audits.curves.store import Record
 from privfed_audits.statistics import Estimate, t_interval
 
@@ -98,7 +99,7 @@ class Setting:
     @property
     def name(self) -> str:
         """What tells it from the others, in words."""
-        return ", ".join(label for label in self.labels if not label.startswith("as the base"))
+        return place_name(self.labels)
 
     @property
     def private(self) -> bool:

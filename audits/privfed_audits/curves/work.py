@@ -22,7 +22,7 @@ from privfed.types import VIEWS
 from privfed_audits.curves.store import Record
 
 REFUSALS = (ConfigError, DataError, ModelError)
-ROC_POINTS = 80
+ROC_POINTS = 48
 
 
 def run_cell(

@@ -9,6 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from privfed.report.text import bytes_text
 from privfed.types import VIEWS
 from privfed_audits.curves.compare import describe
 from privfed_audits.curves.grid import AXES
@@ -21,6 +22,8 @@ from privfed_audits.statistics import Estimate
 GREY = "#7d8a99"
 # neighbours on an axis of epsilon are moved apart by this factor, so that their intervals do not hide one another
 APART = 1.025
+# where many marks stand at one epsilon, they are spread over a range of this factor
+SPREAD = 1.75
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +47,8 @@ class Plot:
 
 def plots(found: Results, style: Style) -> list[Plot]:
     """Return the figures that there are results for."""
-    made = [utility_plot(found, style), leakage_plot(found, style), roc_plot(found, style)]
-    made += [front_plot(found, style, "bytes"), front_plot(found, style, "leakage"), matched_plot(found, style)]
+    made = [utility_plot(found, style), front_plot(found, style, "bytes"), leakage_plot(found, style)]
+    made += [roc_plot(found, style), front_plot(found, style, "leakage"), matched_plot(found, style)]
     return [each for each in made if each is not None]
 
 
@@ -91,14 +94,14 @@ def leakage_plot(found: Results, style: Style) -> Plot | None:
         return None
     figure = go.Figure()
     _add_diagonal(figure, style)
-    for index, (each, view) in enumerate(rows):
+    for each, view in rows:
         estimates = each.in_view(view)
         leaks = [leak for point in each.points if (leak := point.leak(view)) is not None]
         if estimates is not None:
-            figure.add_trace(_leak_trace(each, view, leaks, estimates[0], style, APART ** (index % 9 - 4)))
+            figure.add_trace(_leak_trace(each, view, leaks, estimates[0], style, _aside(found, each, view)))
     _add_ceilings(figure, found)
     _epsilon_axis(figure, style)
-    figure.update_yaxes(title="epsilon found by attack (lower bound)", rangemode="tozero")
+    figure.update_yaxes(title="found by attack (lower bound)", range=[-0.3, _ceiling_of(found, style)])
     top = max(leak for point in found.points if (leak := _most(point)) is not None)
     return Plot(
         name="leakage",
@@ -111,9 +114,23 @@ def leakage_plot(found: Results, style: Style) -> Plot | None:
     )
 
 
+def _aside(found: Results, each: Setting, view: str) -> float:
+    """Return the factor by which a mark stands beside its epsilon: tuning by tuning, then codec, then view."""
+    tunings, codecs = found.grid.labels("tuning"), found.grid.labels("codec")
+    place = (tunings.index(each.labels[0]) * len(codecs) + codecs.index(each.labels[1])) * len(VIEWS)
+    share = (place + VIEWS.index(view) + 0.5) / (len(tunings) * len(codecs) * len(VIEWS)) - 0.5
+    return float(SPREAD**share)
+
+
 def _most(point: Point) -> float | None:
     leak = point.leak()
     return None if leak is None else leak.empirical
+
+
+def _ceiling_of(found: Results, style: Style) -> float:
+    """Return the top of the axis: intervals may end far above what there is to see."""
+    most = [leak for point in found.points if (leak := _most(point)) is not None]
+    return 1.15 * max([*most, *style.epsilons, 1.0])
 
 
 def _leak_trace(each: Setting, view: str, leaks: list[Leak], value: Estimate, style: Style, shift: float) -> go.Scatter:
@@ -128,11 +145,11 @@ def _leak_trace(each: Setting, view: str, leaks: list[Leak], value: Estimate, st
     return go.Scatter(
         x=[style.at(claimed) * shift],
         y=[value.mean],
-        error_y=_bars([value], float),
+        error_y={**_bars([value], float), "color": _faint(style.colours[tuning], 0.55), "width": 0},
         text=[text],
         hovertemplate="%{text}<extra></extra>",
         mode="markers",
-        marker={"color": style.colours[tuning], "symbol": symbol, "size": 9},
+        marker={"color": style.colours[tuning], "symbol": symbol, "size": 8},
         name=each.name,
         meta={"tuning": tuning, "codec": codec, "privacy": each.labels[2], "secagg": secagg, "view": view},
     )
@@ -160,7 +177,7 @@ def _add_ceilings(figure: go.Figure, found: Results) -> None:
         mean = sum(values) / len(values)
         figure.add_trace(
             go.Scatter(
-                x=[epsilon / 1.14, epsilon * 1.14],
+                x=[epsilon / SPREAD**0.5, epsilon * SPREAD**0.5],
                 y=[mean, mean],
                 mode="lines",
                 line={"color": GREY, "width": 3},
@@ -263,9 +280,9 @@ def front_plot(found: Results, style: Style, against: str) -> Plot | None:
     if taken in shown and taken is not None:
         figure.add_trace(_ring(taken, style, against))
     if against == "bytes":
-        figure.update_xaxes(type="log", title="bytes that a client sends in the whole run", exponentformat="SI")
+        figure.update_xaxes(type="log", title="sent by a client in the whole run", **_sizes(shown))
     else:
-        figure.update_xaxes(title="epsilon found by the strongest attack", rangemode="tozero")
+        figure.update_xaxes(title="epsilon found by attack", rangemode="tozero")
     figure.update_yaxes(title=style.score_title)
     names = "; ".join(each.name for each in found.front)
     return Plot(
@@ -326,7 +343,7 @@ def matched_plot(found: Results, style: Style) -> Plot | None:
             figure.add_trace(
                 go.Scatter(
                     x=[value.mean],
-                    y=[f"{row.tuning}<br>{row.codec}"],
+                    y=[[row.codec], [row.tuning]],
                     error_x=_bars([value], float),
                     mode="markers",
                     marker={"color": style.colours[row.tuning], "symbol": symbol, "size": 11},
@@ -334,9 +351,9 @@ def matched_plot(found: Results, style: Style) -> Plot | None:
                     meta={"tuning": row.tuning, "codec": row.codec, "secagg": row.secagg},
                 )
             )
-    figure.update_xaxes(title="AUC of the strongest attack (0.5: guessing)")
+    figure.update_xaxes(title="AUC (0.5: guessing)")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_layout(height=120 + 34 * len(found.matched))
+    figure.update_layout(height=110 + 26 * len(found.matched))
     level = style.score(found.matched[0].utility)
     return Plot(
         name="matched",
@@ -378,9 +395,17 @@ def _tens(low: float) -> dict[str, Any]:
     return {"tickvals": [10.0**p for p in powers], "ticktext": [f"{100 * 10.0**p:g}%" for p in powers]}
 
 
-def _faint(colour: str) -> str:
+def _sizes(shown: Sequence[Setting]) -> dict[str, Any]:
+    """Return ticks at round numbers of bytes around those that were sent."""
+    low, high = min(each.bytes_run for each in shown) / 1.5, max(each.bytes_run for each in shown) * 1.5
+    steps = (1, 2, 5) if high / low < 50 else (1, 3) if high / low < 2000 else (1,)
+    places = [step * 10.0**power for power in range(13) for step in steps if low <= step * 10.0**power <= high]
+    return {"tickvals": places, "ticktext": [bytes_text(place).replace(".0 ", " ") for place in places]}
+
+
+def _faint(colour: str, alpha: float = 0.14) -> str:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.14)"
+    return f"rgba({red},{green},{blue},{alpha})"
 
 
 __all__ = ["Plot", "plots"]

@@ -137,9 +137,9 @@ def _filters(found: Results, style: Style) -> list[Filter]:
 
 
 def _roc_settings(found: Results) -> list[tuple[str, str, dict[str, str]]]:
-    """Return (value, name, place) of each configuration that has a ROC, the one that leaks most first."""
+    """Return (value, name, place) of each configuration that has a ROC, the one with a guarantee that leaks most first."""
     audited = [each for each in found.settings if each.leakage is not None]
-    audited.sort(key=lambda each: each.leakage.mean if each.leakage else 0.0, reverse=True)
+    audited.sort(key=lambda each: (each.private, each.leakage.mean if each.leakage else 0.0), reverse=True)
     return [(" / ".join(each.labels), each.name, dict(zip(AXES, each.labels, strict=True))) for each in audited]
 
 

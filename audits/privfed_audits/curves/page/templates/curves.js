@@ -14,7 +14,7 @@
     const style = getComputedStyle(document.documentElement);
     const of = name => style.getPropertyValue(name).trim();
     const [ink, muted, line] = printing ? ["#000", "#444", "#ccc"] : [of("--ink"), of("--muted"), of("--line")];
-    const look = {"font.color": ink, "font.family": getComputedStyle(document.body).fontFamily, "font.size": 12.5,
+    const look = {"modebar.bgcolor": "rgba(0,0,0,0)", "modebar.color": line, "modebar.activecolor": muted, "font.color": ink, "font.family": getComputedStyle(document.body).fontFamily, "font.size": 12.5,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)"};
     for (const axis of ["xaxis", "yaxis"]) {
       Object.assign(look, {[`${axis}.gridcolor`]: line, [`${axis}.zerolinecolor`]: line, [`${axis}.linecolor`]: line,
@@ -23,9 +23,9 @@
     return look;
   };
 
-  const base = {showlegend: false, autosize: true, margin: {l: 58, r: 14, t: 14, b: 48}, hovermode: "closest",
+  const base = {showlegend: false, autosize: true, margin: {l: 58, r: 14, t: 30, b: 48}, hovermode: "closest",
     hoverlabel: {align: "left"}};
-  const config = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  const config = {responsive: true, displaylogo: false, displayModeBar: matchMedia("(hover: hover)").matches && innerWidth > 560, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     toImageButtonOptions: {format: "svg"}};
 
   const apply = () => {
