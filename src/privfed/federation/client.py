@@ -165,14 +165,15 @@ class Client:
             return self._shared_out(received, digest, self.shares, on_step)
         received = replace(received, params_D=received_params(received, self.downlink), packed=None)
         part = sharing.part(received.round)
+        from_D = self._start(received.params_D, own)
         delta_D = self.trainer.run(
-            self._start(received.params_D, own),
+            from_D,
             self.shard,
             self.holder.stream("train", *place, digest),
             on_step,
             self._work(received, own, self._active(part)),
         )
-        codec = self._codec(received, part.sent)
+        codec = self._codec(received, part.sent, from_D)
         update, given_M = self._given(part.sent, delta_D, own, received.terms)
         encoded = codec.encode(given_M, self.holder.stream("encode", *place, digest))
         if self.event is not None:
@@ -205,10 +206,10 @@ class Client:
         self.holder.charge(*place, digest, self.event)
         return Answer(encoded=encoded, codec=self.codec)
 
-    def _codec(self, received: Broadcast, sent: Selection) -> Codec:
-        """Return the codec of the round."""
+    def _codec(self, received: Broadcast, sent: Selection, from_D: Float32) -> Codec:
+        """Return the codec of the round, in which the client trains from ``from_D``."""
         place = Place(seed=self.seed, run_id=received.run_id, phase=received.phase, round=received.round)
-        return codec_at(self.codec, place, sent, received.codec)
+        return codec_at(self.codec, place, sent, received.codec, from_D)
 
     def _given(
         self, sent: Selection, delta_D: Float32, own: Mapping[str, Float32], terms: Terms

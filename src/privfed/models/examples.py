@@ -283,11 +283,14 @@ def padded(rows_S: Sequence[NDArray[np.int64]], fill: int) -> dict[str, torch.Te
 def microbatches(examples: Examples, rows: Rows, size: int) -> Iterator[Rows]:
     """Yield ``rows`` in pieces of at most ``size``, sorted by length so that little is padded.
 
-    The pieces are a matter of memory and speed only: sums over a logical batch do not depend on them.
+    The pieces are a matter of memory and speed only: sums over a logical batch do not depend on them. Examples whose
+    loss does not go through the model (``privfed.federation.planted``) are in pieces of their own.
     """
-    ordered = rows[np.argsort(examples.lengths[rows], kind="stable")]
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+    first = getattr(examples, "first_direct", len(examples))
+    for part in (rows[rows < first], rows[rows >= first]):
+        ordered = part[np.argsort(examples.lengths[part], kind="stable")]
+        for start in range(0, len(ordered), size):
+            yield ordered[start : start + size]
 
 
 def head_features(

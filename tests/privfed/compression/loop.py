@@ -13,7 +13,10 @@ from privfed.rng import PrivateStream
 from privfed.types import EncodedSum
 
 SHAPES = ((16, 12), (30,), (8, 5, 4), ())
+NAMES = ("first.weight", "first.bias", "second.scores", "scale")
 LENGTH = 383
+# what clients train from
+GIVEN_D = np.random.default_rng(21).standard_normal(LENGTH).astype(np.float32)
 
 QUANTIZER = {"name": "stochastic_quantizer", "bits": 6, "max_value": 4.0}
 # every codec, with options under which it does something to 383 values, and the chains
@@ -45,6 +48,8 @@ CASES = {
     "svd_truncate": {"name": "svd_truncate", "rank": 2, "error_feedback": True},
     "global_mask": {"name": "global_mask", "density": 0.1, "refresh": 3},
     "global_mask + quantizer": {"name": "global_mask", "density": 0.1, "refresh": 3, "inner": QUANTIZER},
+    "bernoulli_mask": {"name": "bernoulli_mask", "max_value": 4.0},
+    "bernoulli_mask, memory": {"name": "bernoulli_mask", "bits": 1, "max_value": 4.0, "memory": 3, "prior": 0.5},
     "seed_projection": {"name": "seed_projection", "directions": 64, "unbiased": True},
     "seed_projection, feedback": {"name": "seed_projection", "directions": 64, "error_feedback": True},
     "seed_projection + quantizer": {"name": "seed_projection", "directions": 64, "inner": QUANTIZER},
@@ -68,8 +73,9 @@ def declared(case, masked=False):
 
 
 def context(number=0, carried=None, shapes=SHAPES):
+    known = {"names": NAMES, "given_D": GIVEN_D} if shapes == SHAPES else {}
     return RoundContext(
-        run_seed=bytes(32), round_seed=number.to_bytes(32, "little"), shapes=shapes, carried=carried or {}
+        run_seed=bytes(32), round_seed=number.to_bytes(32, "little"), shapes=shapes, carried=carried or {}, **known
     )
 
 

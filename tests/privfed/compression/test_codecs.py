@@ -7,7 +7,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from loop import CASES, LENGTH, Loop, at, build, context, declared, decoded, linear, passes, stream, table, total_of
+from loop import (
+    CASES,
+    LENGTH,
+    NAMES,
+    SHAPES,
+    Loop,
+    at,
+    build,
+    context,
+    declared,
+    decoded,
+    linear,
+    passes,
+    stream,
+    table,
+    total_of,
+)
 
 from privfed.compression import CODECS, Ring, TwoPass
 from privfed.compression.message import read, sum_of_one, to_bytes
@@ -21,6 +37,9 @@ def updates(count, seed=1, length=LENGTH, norm=1.0):
     draw = np.random.default_rng(seed)
     found = draw.standard_normal((count, length)) * draw.exponential(1.0, length)
     return list((norm * found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32))
+
+
+SCORES = np.repeat([name.endswith(".scores") for name in NAMES], [int(np.prod(shape)) for shape in SHAPES])
 
 
 def rings(case):
@@ -44,7 +63,7 @@ def test_what_is_declared_is_what_is_built(case):
     assert isinstance(made, TwoPass) is made.properties.second_pass
     assert bool(made.public_state(made.start_state(LENGTH))) <= made.properties.server_state
     assert bool(made.start_state(LENGTH)) is made.properties.server_state
-    assert made.properties.linear or made.properties.server_state or made.name == "sign"
+    assert made.properties.linear or made.properties.server_state or made.name in ("sign", "bernoulli_mask")
 
 
 @ALL
@@ -150,7 +169,10 @@ def test_zeros_decode_to_zeros_or_to_a_fair_coin(case, zeros):
         vector_D = np.full(LENGTH, zeros, dtype=np.float32)
         for made in passes(at(case), vector_D) if ring is None else [at(case, ring)]:
             found = linear(made, vector_D, ring)
-            if made.name == "sign" or "1 bit" in case:
+            if made.name == "bernoulli_mask":  # a fair coin where the chance is one half, which is not here
+                assert np.all(np.abs(found[SCORES]) == 0.5)
+                assert len(np.unique(found[~SCORES])) == (1 if case == "bernoulli_mask" else 2)
+            elif made.name == "sign" or "1 bit" in case:
                 assert abs(np.sign(found).sum()) < 6 * len(found) ** 0.5
                 assert len(np.unique(np.abs(found))) == 1
             else:
