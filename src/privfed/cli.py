@@ -179,6 +179,30 @@ def audit(folder: Path, attacks: str | None, view: View | None, clients: int, as
 
 
 @main.command()
+@click.argument("source", metavar="GRID.TOML|PRESET")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the grid. Default: runs/curves-<name>.")
+@click.option("--resume", is_flag=True, help="Continue the grid in the folder; what is finished stands.")
+@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Runs at once. Default: what cores and memory allow.")
+@click.option("--recommend", metavar="LIMITS", help='The best cells under limits, e.g. "epsilon<=4, bytes<=1MB".')
+@json_option
+def curves(source: str, out: Path | None, resume: bool, jobs: int | None, recommend: str | None, as_json: bool) -> None:
+    """Train and audit a grid of runs; leaves a page, tables and figures. Presets: quick (minutes), paper (hours)."""
+
+    def body() -> dict[str, Any]:
+        from privfed_audits.curves.command import curves as run
+        from privfed_audits.curves.command import lines
+
+        folder = out or Path("runs") / f"curves-{Path(source).name.removesuffix('.toml')}"
+        found = run(
+            source, out=folder, resume=resume, jobs=jobs, constraints=recommend, say=lambda s: click.echo(s, err=True)
+        )
+        _say(as_json, *lines(found))
+        return found
+
+    _run(body, as_json)
+
+
+@main.command()
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write, new or empty.")
 @click.option("--merge", is_flag=True, help="Write the whole model with the adapter merged in, for transformers.")

@@ -32,6 +32,7 @@ from privfed.federation.folder import RunFolder
 from privfed.federation.generation import Generation, generate
 from privfed.federation.phases import TRAIN
 from privfed.federation.progress import Progress, Silent
+from privfed.federation.shared import NOTHING, SharedWork
 from privfed.models.language import LanguageExamples
 from privfed.privacy.discrete.planning import survivors_events
 from privfed.privacy.ledger import Ledger
@@ -67,6 +68,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     engine: Engine | None = None,
+    shared: SharedWork = NOTHING,
 ) -> RunResult:
     """Fine-tune as ``config`` says, from its first round or from where the folder's checkpoint stands.
 
@@ -76,6 +78,7 @@ def train(
         resume: Continue the run in ``out``; the configuration must be the same.
         progress: Told what happens; silent by default.
         engine: Where the clients are; in this process by default.
+        shared: What other runs of a grid have computed already; the result is the same to the bit without it.
 
     Returns:
         The folder and the receipt.
@@ -101,14 +104,14 @@ def train(
         return _finish_again(config, run_folder, engine)
     try:
         setup.set_deterministic()
-        material = materials.gather(config) if engine is None else engine.material(config)
+        material = materials.gather(config, shared) if engine is None else engine.material(config)
         if config.audit.canaries:
             under_way = load_checkpoint(run_folder.checkpoint) is not None
             coins = canaries.toss(run_folder.path, config, started=under_way)
             material = canaries.plant(config, material, coins)
         with ExitStack() as stack:
             ledger = stack.enter_context(_open_ledger(config, run_folder, engine))
-            runner = _Run(config, run_folder, material, ledger, watch, engine)
+            runner = _Run(config, run_folder, material, ledger, watch, engine, shared=shared)
             return runner.finish(runner.train(), started)
     except PrivfedError:
         _discard_unstarted(run_folder)
@@ -149,6 +152,7 @@ class _Run:
     bench: workbench.Workbench | None = None
     results: dict[str, str] | None = None
     stage: setup.Stage | None = None
+    shared: SharedWork = NOTHING
 
     def train(self) -> Outcome:
         """Plan, check, train every phase, check again."""
@@ -209,7 +213,7 @@ class _Run:
 
     def _built(self) -> workbench.Workbench:
         self.watch.message(f"Loading {self.config.model.name}")
-        return workbench.build(self.config, self.material, self.watch)
+        return workbench.build(self.config, self.material, self.watch, self.shared)
 
     def _lengths(self) -> Mapping[str, int] | None:
         distributed = self.config.privacy.is_distributed

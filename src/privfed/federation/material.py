@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from privfed.config import RunConfig
-from privfed.data import Dataset, check_shards, load_dataset, partition, single_class_clients
+from privfed.data import Dataset, check_shards, partition, single_class_clients
 from privfed.errors import ConfigError, DataError
 from privfed.federation.phases import phase_plans, phases
+from privfed.federation.shared import NOTHING, SharedWork
 from privfed.models import resolve
 from privfed.privacy.plan import PhasePlan, Plan, make_plan
 from privfed.rules import check_cohort
@@ -70,14 +71,14 @@ def check_before_data(config: RunConfig) -> None:
         raise ConfigError('head_warm_start with tuning.name = "head" trains the head twice: leave one of them out.')
 
 
-def gather(config: RunConfig) -> Material:
-    """Load the data and divide it over clients.
+def gather(config: RunConfig, shared: SharedWork = NOTHING) -> Material:
+    """Load the data and divide it over clients; ``shared`` may have the data already.
 
     Raises:
         DataError: If the data cannot be used as described, or a shard is too small for the batch.
         ConfigError: If the partition cannot be had.
     """
-    dataset = load_dataset(config.data, seed=config.seed, task=config.model.task)
+    dataset = shared.dataset(config)
     shards = partition(dataset.train, config.partition, seed=config.seed)
     check_shards(shards, dataset.train, min_size=1)
     notes = list(dataset.notes)
