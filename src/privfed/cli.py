@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from privfed.deployment.commands import commands
+
 if TYPE_CHECKING:
     from privfed.config import RunConfig
     from privfed.types import View
@@ -172,6 +174,30 @@ def audit(folder: Path, attacks: str | None, view: View | None, clients: int, as
         _say(as_json, *lines(found))
         sentence = contradiction(found)
         return found if sentence is None else {**found, "ok": False, "exit_code": 4, "message": sentence}
+
+    _run(body, as_json)
+
+
+@main.command()
+@click.argument("source", metavar="GRID.TOML|PRESET")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the grid. Default: runs/curves-<name>.")
+@click.option("--resume", is_flag=True, help="Continue the grid in the folder; what is finished stands.")
+@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Runs at once. Default: what cores and memory allow.")
+@click.option("--recommend", metavar="LIMITS", help='The best cells under limits, e.g. "epsilon<=4, bytes<=1MB".')
+@json_option
+def curves(source: str, out: Path | None, resume: bool, jobs: int | None, recommend: str | None, as_json: bool) -> None:
+    """Train and audit a grid of runs; leaves a page, tables and figures. Presets: quick (minutes), paper (hours)."""
+
+    def body() -> dict[str, Any]:
+        from privfed_audits.curves.command import curves as run
+        from privfed_audits.curves.command import lines
+
+        folder = out or Path("runs") / f"curves-{Path(source).name.removesuffix('.toml')}"
+        found = run(
+            source, out=folder, resume=resume, jobs=jobs, constraints=recommend, say=lambda s: click.echo(s, err=True)
+        )
+        _say(as_json, *lines(found))
+        return found
 
     _run(body, as_json)
 
@@ -413,6 +439,9 @@ def _fail(message: str, kind: str, code: int, as_json: bool) -> NoReturn:
         click.echo(f"Error: {message}", err=True)
     sys.exit(code)
 
+
+for _command in commands(_run, set_option, json_option):
+    main.add_command(_command)
 
 if __name__ == "__main__":
     main()

@@ -162,6 +162,7 @@ class RunConfig(Table):
     def _check_codec(self) -> Self:
         check_downlink(self.downlink)
         rule, mechanism = RULES.get(self.server.rule), MECHANISMS.get(self.privacy.mechanism_name)
+        tuning = str(getattr(self.tuning, "name", ""))
         check_codec(
             self.compression,
             Setting(
@@ -177,6 +178,9 @@ class RunConfig(Table):
                 weighted=self.server.weighting == "examples",
                 meter=self.server.meter,
                 layers=bool(self.server.layers),
+                coordinatewise=rule.coordinatewise,
+                tuning=tuning,
+                scores=TUNINGS.get(tuning).scores,
             ),
         )
         return self
@@ -218,19 +222,6 @@ class RunConfig(Table):
             )
         elif self.privacy.unit == "client":
             self._check_mechanism()
-        return self
-
-    @model_validator(mode="after")
-    def _check_support(self) -> Self:
-        """A rule on each coordinate takes a value that was not sent for a 0, and the zeros would outvote the rest."""
-        codec = str(getattr(self.compression, "name", ""))
-        shared = CODECS.get(codec).declare(self.compression, self.secagg.name == "masked").shared_support
-        if RULES.get(self.server.rule).coordinatewise and not shared:
-            raise ConfigError(
-                f"compression.name = {codec!r} with server.aggregation = {self.server.rule!r}: each client sends other "
-                "values and the rule would take the others for 0, of which most are; use compression.name = "
-                '"random_k", or aggregation = "geometric_median".'
-            )
         return self
 
     @model_validator(mode="after")
