@@ -35,7 +35,7 @@ from privfed.types import Float32, Shard, View
 from privfed_attacks.gather import example_losses, query_gradients
 from privfed_attacks.membership import MEMBERSHIP, Evidence
 from privfed_attacks.membership.gradient_dot import unit
-from privfed_attacks.observation import Observation, ThreatModel
+from privfed_attacks.observation import Observation, Role, ThreatModel
 from privfed_attacks.public_model import write_tensors
 from privfed_audits.canary_scores import along, scores_of, spread_of
 
@@ -176,7 +176,7 @@ def _seen(scene: Scene, view: View) -> tuple[Observation, ...]:
     """
     if scene.transcript is None:
         raise ConfigError(f"The view {view} needs a recorded run: train with -s audit.record=true.")
-    role = "client" if view == "release" else "server"
+    role: Role = "client" if view == "release" else "server"
     found = ThreatModel(role=role, observes=view).view(scene.transcript).of(TRAIN)
     if not found:
         raise ConfigError(f"The recorded run has no round that shows anything to the view {view}.")
