@@ -1,8 +1,8 @@
 """Canaries in a run: their coins, and who holds them.
 
 The coins are tossed once, by the operating system (from the seed where the noise is reproducible too), and written to
-``coins.json`` in the run folder before any data is read; a resumed run reads them. Nothing but the division of the data over clients depends on them, and only an audit's
-scorer opens the file.
+``coins.json`` in the run folder before any data is read; a resumed run reads them. Nothing but the division of the data
+over clients depends on them, and only an audit's scorer opens the file.
 
 Shape suffix: M canaries.
 """
