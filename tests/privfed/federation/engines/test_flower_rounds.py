@@ -20,7 +20,7 @@ from privfed.run import train
 
 from .deployment import Lab, LabChannel
 
-QUICK = Deadlines(stage=0.05, opening=30.0, patience=30.0)
+QUICK = Deadlines(stage=0.05, opening=900.0, patience=900.0)
 
 
 @pytest.fixture
