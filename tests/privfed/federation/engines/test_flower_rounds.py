@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from privfed.config import RunConfig
+from privfed.data.config import DataConfig
 from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.engines.flower.engine import FlowerEngine
 from privfed.federation.engines.flower.envelope import Ask
@@ -190,3 +191,29 @@ def test_a_round_takes_three_stages_and_no_stage_but_training_computes(
     _deployed(config, lab, tmp_path / "run")
     kinds = [ask.kind for site, ask in lab.asks if site == "site-0"]
     assert kinds == ["open", "keys", "shares", *["train", "agree", "unmask"] * 3, "close"]
+
+
+@pytest.mark.slow
+def test_sites_with_files_of_their_own_train_on_them_alone(
+    tiny_config: Callable[..., RunConfig], text_csv: Path, tmp_path: Path
+) -> None:
+    """The server's rows give classes and test rows; each site's file is seen by that site only."""
+    names = [f"site-{number}" for number in range(3)]
+    head, *rows = text_csv.read_text(encoding="utf-8").splitlines()
+    own = {}
+    for number, name in enumerate(names):
+        path = tmp_path / f"{name}.csv"
+        path.write_text("\n".join([head, *rows[60 + 60 * number : 120 + 60 * number]]), encoding="utf-8")
+        own[name] = DataConfig(path=str(path))
+    config = tiny_config(data={"client": None}, server={"cohort_size": 3})
+    lab = Lab(config, 3, tmp_path / "sites", own=own)
+    try:
+        out = _deployed(config, lab, tmp_path / "run")
+        assert [each["survivors"] for each in _rounds(out)] == [3, 3]
+        digests = {name: {e.charge.data_digest for e in lab.ledger(name).entries()} for name in names}
+        assert len(set.union(*digests.values())) == 3
+        start = next(json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+        assert start["train_rows"] == sum(lab.sites.sizes.values())
+        assert (out / "receipt.json").exists()
+    finally:
+        lab.close()
