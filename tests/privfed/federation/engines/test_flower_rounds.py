@@ -166,6 +166,33 @@ def test_a_dead_server_resumes_to_the_same_bits_and_charges_nothing_twice(
 
 
 @pytest.mark.slow
+def test_a_round_that_is_repeated_is_not_unmasked_for_other_survivors(
+    tiny_config: Callable[..., RunConfig], labs: Callable[..., Lab], tmp_path: Path
+) -> None:
+    """Two sums of the same updates, one without a site, would show that site's update to the server."""
+    config = tiny_config(server={"rounds": 2, "cohort_size": 4})
+
+    class Died(BaseException):
+        """The server's process is gone."""
+
+    lab = labs(config)
+
+    def die(_site: str, ask: Ask, _lab: Lab) -> bool:
+        if ask.kind == "unmask":
+            raise Died
+        return False
+
+    lab.broken = die
+    with pytest.raises(Died):
+        _deployed(config, lab, tmp_path / "run")
+    first = iter(range(10_000))
+    lab.broken = lambda site, ask, _lab: site == "site-3" and ask.kind == "train" and next(first) == 0
+    rounds = _rounds(_deployed(config, lab, tmp_path / "run", resume=True))
+    assert rounds[0]["lost"]
+    assert rounds[1]["survivors"] == 4
+
+
+@pytest.mark.slow
 def test_a_cut_link_is_waited_for_and_heals(
     tiny_config: Callable[..., RunConfig], labs: Callable[..., Lab], tmp_path: Path
 ) -> None:
