@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from privfed.config import RunConfig
+from privfed.data.config import DataConfig
 from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.engines.flower.engine import FlowerEngine
 from privfed.federation.engines.flower.envelope import Ask
@@ -20,7 +21,7 @@ from privfed.run import train
 
 from .deployment import Lab, LabChannel
 
-QUICK = Deadlines(stage=0.05, opening=30.0, patience=30.0)
+QUICK = Deadlines(stage=0.05, opening=900.0, patience=900.0)
 
 
 @pytest.fixture
@@ -165,6 +166,33 @@ def test_a_dead_server_resumes_to_the_same_bits_and_charges_nothing_twice(
 
 
 @pytest.mark.slow
+def test_a_round_that_is_repeated_is_not_unmasked_for_other_survivors(
+    tiny_config: Callable[..., RunConfig], labs: Callable[..., Lab], tmp_path: Path
+) -> None:
+    """Two sums of the same updates, one without a site, would show that site's update to the server."""
+    config = tiny_config(server={"rounds": 2, "cohort_size": 4})
+
+    class Died(BaseException):
+        """The server's process is gone."""
+
+    lab = labs(config)
+
+    def die(_site: str, ask: Ask, _lab: Lab) -> bool:
+        if ask.kind == "unmask":
+            raise Died
+        return False
+
+    lab.broken = die
+    with pytest.raises(Died):
+        _deployed(config, lab, tmp_path / "run")
+    first = iter(range(10_000))
+    lab.broken = lambda site, ask, _lab: site == "site-3" and ask.kind == "train" and next(first) == 0
+    rounds = _rounds(_deployed(config, lab, tmp_path / "run", resume=True))
+    assert rounds[0]["lost"]
+    assert rounds[1]["survivors"] == 4
+
+
+@pytest.mark.slow
 def test_a_cut_link_is_waited_for_and_heals(
     tiny_config: Callable[..., RunConfig], labs: Callable[..., Lab], tmp_path: Path
 ) -> None:
@@ -190,3 +218,29 @@ def test_a_round_takes_three_stages_and_no_stage_but_training_computes(
     _deployed(config, lab, tmp_path / "run")
     kinds = [ask.kind for site, ask in lab.asks if site == "site-0"]
     assert kinds == ["open", "keys", "shares", *["train", "agree", "unmask"] * 3, "close"]
+
+
+@pytest.mark.slow
+def test_sites_with_files_of_their_own_train_on_them_alone(
+    tiny_config: Callable[..., RunConfig], text_csv: Path, tmp_path: Path
+) -> None:
+    """The server's rows give classes and test rows; each site's file is seen by that site only."""
+    names = [f"site-{number}" for number in range(3)]
+    head, *rows = text_csv.read_text(encoding="utf-8").splitlines()
+    own = {}
+    for number, name in enumerate(names):
+        path = tmp_path / f"{name}.csv"
+        path.write_text("\n".join([head, *rows[60 + 60 * number : 120 + 60 * number]]), encoding="utf-8")
+        own[name] = DataConfig(path=str(path))
+    config = tiny_config(data={"client": None}, server={"cohort_size": 3})
+    lab = Lab(config, 3, tmp_path / "sites", own=own)
+    try:
+        out = _deployed(config, lab, tmp_path / "run")
+        assert [each["survivors"] for each in _rounds(out)] == [3, 3]
+        digests = {name: {e.charge.data_digest for e in lab.ledger(name).entries()} for name in names}
+        assert len(set.union(*digests.values())) == 3
+        start = next(json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+        assert start["train_rows"] == sum(lab.sites.sizes.values())
+        assert (out / "receipt.json").exists()
+    finally:
+        lab.close()

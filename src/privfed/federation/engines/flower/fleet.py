@@ -26,6 +26,12 @@ from privfed.files import write_atomic
 LOOK_SECONDS = 5.0
 
 
+def seconds_in(body: Mapping[str, Any], name: str) -> float:
+    """Return a number of seconds that a site states; 0 where it states none that can be."""
+    found = body.get(name)
+    return found if isinstance(found, float) and 0 <= found < 1e9 else 0.0
+
+
 class Channel(Protocol):
     """How messages reach sites; what lies between asking and answering is its own affair."""
 
@@ -237,7 +243,7 @@ class Fleet:
                 reply = self._read(site, asks[site], raw)
                 if reply is not None and self._sound(reply, kind):
                     found[site] = reply.body
-                    busy = max(busy, float(reply.body.get("busy", 0.0)))
+                    busy = max(busy, seconds_in(reply.body, "busy"))
             if silent:
                 self._channel.pause()
             silent = self._without_those_gone(silent, kind)
