@@ -18,6 +18,7 @@ from privfed.errors import ConfigError
 from privfed.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from privfed.federation.client import Holder
 from privfed.federation.evaluate import Score, evaluate, right_answers
+from privfed.federation.exchange import Connect, Exchange
 from privfed.federation.fairness import Right
 from privfed.federation.folder import RunFolder
 from privfed.federation.meter import NOTE, MeterReading
@@ -57,6 +58,7 @@ def run_phases(
     progress: Progress,
     label_names: Sequence[str],
     spent: Spent,
+    connect: Connect = Exchange,
 ) -> Outcome:
     """Run every phase from where the folder's checkpoint stands to the end.
 
@@ -68,6 +70,7 @@ def run_phases(
         progress: Told what happens.
         label_names: For per-class scores.
         spent: Maps (phase, completed rounds) to the epsilon spent so far, None without a guarantee.
+        connect: Makes the path of each round's messages: by default the clients of this process.
 
     Raises:
         BudgetExceededError: If a charge would pass the holder's cap.
@@ -91,7 +94,7 @@ def run_phases(
         # a phase that is resumed has left its start already, as far as that can still be seen
         moves = Moves(stage.phase.layout, state.params_D if fresh else fresh_D[names[position]])
         moves.saw(state.params_D)
-        loop = _Loop(stage, config, folder, holder, progress, label_names, spent, totals, moves)
+        loop = _Loop(stage, config, folder, holder, progress, label_names, spent, totals, moves, connect)
         state, score = loop.run(state, fresh=fresh)
     if score is None or state is None or moves is None:
         raise ConfigError("A run has at least one phase.")
@@ -135,6 +138,7 @@ class _Loop:
     spent: Spent
     totals: dict[str, float]
     moves: Moves
+    connect: Connect
 
     def run(self, state: ServerState, *, fresh: bool) -> tuple[ServerState, Score]:
         """Return the state after the last round and its score.
@@ -150,7 +154,7 @@ class _Loop:
             self._save(state)
         while state.round < plan.rounds:
             before = time.perf_counter()
-            state, report = run_round(state, self.stage.phase, self.holder, self.progress)
+            state, report = run_round(state, self.stage.phase, self.holder, self.progress, self.connect)
             self.moves.saw(state.params_D)
             epsilon = self.spent(plan.name, state.round)
             self._add(report)
