@@ -119,6 +119,7 @@ def train(
         BudgetExceededError: If the plan or a charge passes the data holder's cap.
         SentinelError: If a self-check fails; nothing more is released then.
     """
+    from privfed.federation.follow import following
     from privfed.run import train as run
 
     found = _parsed(config, settings)
@@ -131,7 +132,8 @@ def train(
             "data= is an object and has no file for a ledger to lie beside: pass ledger='rows.ledger.sqlite', the same "
             "for every run on these rows, so that what they spend adds up."
         )
-    result = run(found, out=folder, resume=resume, progress=progress)
+    with following(found, folder, progress) as watch:
+        result = run(found, out=folder, resume=resume, progress=watch)
     return _read(result.folder, held)
 
 

@@ -16,6 +16,7 @@ from privfed.models.recipes import RECIPES
 from privfed.privacy.mechanisms import MECHANISMS
 from privfed.registry import Registry
 from privfed.rules import RULES
+from privfed.tracking import TRACKERS
 from privfed.tuning import TUNINGS
 
 
@@ -47,7 +48,7 @@ def _plugins(registry: Registry[Any]) -> dict[str, str]:
 
 def _module_doc(entry: Any) -> str:
     """Return the docstring of the file that registered ``entry``: a plug-in is one file."""
-    named = (getattr(entry, name, None) for name in ("apply", "build", "split", "train"))
+    named = (getattr(entry, name, None) for name in ("apply", "build", "split", "train", "open", "config"))
     function = next((found for found in named if found), entry)
     return importlib.import_module(inspect.unwrap(function).__module__).__doc__ or ""
 
@@ -81,5 +82,6 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "models": lambda: _plugins(MODELS),
     "data": lambda: _plugins(SOURCES),
     "partitioners": lambda: _plugins(PARTITIONERS),
+    "trackers": lambda: _plugins(TRACKERS),
     "presets": _presets,
 }

@@ -389,7 +389,8 @@ def _open_folder(config: RunConfig, out: Path, *, resume: bool) -> RunFolder:
         return folders.create(out, config.to_toml())
     run_folder, raw = folders.reopen(out)
     stored = parse_config(raw, where=str(out / "config.toml"))
-    changed = differences(stored, config)
+    # where figures are sent changes nothing of the run
+    changed = [line for line in differences(stored, config) if not line.startswith("tracking.")]
     for table in ("data", "model"):
         before, now = getattr(stored, table).name, getattr(config, table).name
         if before != now and (objects.is_object(before) or objects.is_object(now)):
