@@ -17,6 +17,7 @@ from privfed.models.recipes import RECIPES
 from privfed.privacy.mechanisms import MECHANISMS
 from privfed.registry import Registry
 from privfed.rules import RULES
+from privfed.tracking import TRACKERS
 from privfed.tuning import TUNINGS
 
 
@@ -48,7 +49,7 @@ def _plugins(registry: Registry[Any]) -> dict[str, str]:
 
 def _module_doc(entry: Any) -> str:
     """Return the docstring of the file that registered ``entry``: a plug-in is one file."""
-    named = (getattr(entry, name, None) for name in ("apply", "build", "split", "train", "make"))
+    named = (getattr(entry, name, None) for name in ("apply", "build", "split", "train", "make", "open", "config"))
     function = next((found for found in named if found), entry)
     return importlib.import_module(inspect.unwrap(function).__module__).__doc__ or ""
 
@@ -83,5 +84,6 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "data": lambda: _plugins(SOURCES),
     "partitioners": lambda: _plugins(PARTITIONERS),
     "canaries": lambda: _plugins(CANARIES),
+    "trackers": lambda: _plugins(TRACKERS),
     "presets": _presets,
 }
