@@ -68,6 +68,7 @@ class Scene:
     queries: NDArray[np.int64] = field(repr=False)
     shared: SharedWork = NOTHING
     _few: list[workbench.Workbench] = field(default_factory=list)
+    _parts: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
     _start: list[tuple[nn.Module, Float32]] = field(default_factory=list)
 
     @property
@@ -88,8 +89,10 @@ class Scene:
         return self._few[0]
 
     def few_parts(self) -> tuple[nn.Module, Any, Any]:
-        """Return (what trains in the last phase, the queries, the population)."""
-        return workbench.trained_module(self.config, self.few(), TRAIN, Silent())[:3]
+        """Return (what trains in the last phase, the queries, the population); made once, features and all."""
+        if not self._parts:
+            self._parts.append(workbench.trained_module(self.config, self.few(), TRAIN, Silent())[:3])
+        return self._parts[0]
 
     def start(self) -> tuple[nn.Module, Float32]:
         """Return the tuned model and its trained values as the run starts from them [D]."""
