@@ -141,7 +141,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 def _row(name: str, entry: Mapping[str, Any]) -> str:
     rate = entry["tpr_at_fpr"]
-    rates = "" if rate is None else f"{rate['tpr']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] at {rate['fpr']:g}"
+    rates = f"{rate['tpr']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] at {rate['fpr']:g}"
     numbers = (entry["empirical_epsilon"], entry["ceiling"], entry["accounted_epsilon"])
     low, top, claimed = ("-" if value is None else f"{value:.2f}" for value in numbers)
     return f"{name:<11}{entry['attack']:<32}{entry['auc']:>6.3f}{low:>12}{top:>9}{claimed:>9}  {rates}"

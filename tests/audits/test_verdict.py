@@ -149,3 +149,13 @@ def test_json_gets_no_infinity():
     found = finite({"a": math.inf, "b": [math.inf, -math.inf], "c": {"d": 1.5}})
     assert found == {"a": 200.0, "b": [200.0, 0.0], "c": {"d": 1.5}}
     assert ceiling(8, 1.0, DELTA, 0.05) == 0.0
+
+
+@pytest.mark.parametrize(("canaries", "fpr"), [(20, 0.5), (400, 0.25), (1000, 0.1), (9000, 0.01)])
+def test_the_true_positive_rate_is_at_the_smallest_rate_that_there_are_canaries_for(canaries, fpr):
+    bits = np.arange(canaries) % 2 == 0
+    scores = np.random.default_rng(3).standard_normal(canaries) + 2.0 * bits
+    found = verdict({"a": scores}, Sealed(bits), claim_of_noise(0.5))["tpr_at_fpr"]
+    assert found["fpr"] == fpr
+    assert found["low"] <= ndtr(ndtri(fpr) + 2.0) <= found["high"]
+    assert found["low"] <= found["tpr"] <= found["high"]
