@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.config import parse_config
-from privfed.errors import ConfigError, PrivfedError
+from privfed.errors import ConfigError, PrivfedError, unknown_name
 from privfed.federation.canaries import read_coins
 from privfed.federation.folder import reopen
 from privfed.federation.transcript import Transcript, TranscriptError
@@ -34,7 +34,7 @@ from privfed_attacks.sealed import Sealed
 from privfed_audits.canaries import Scene, attacks_of, canary_scene, views_of
 from privfed_audits.claims import Claim, claim_of, curve_points
 from privfed_audits.membership import NOT_RANDOMISED, untossed, untossed_scene
-from privfed_audits.verdict import finite, verdict
+from privfed_audits.verdict import verdict
 
 SCHEMA = 1
 FOLDER, FILE = "audit", "audit.json"
@@ -154,8 +154,8 @@ def _delta(found: Mapping[str, Any]) -> float:
 def _check_names(attacks: Sequence[str] | None) -> None:
     known = {*MEMBERSHIP.names(), *ATTACKS.names()}
     for name in attacks or ():
-        if name not in known and not name.startswith("gradient_dot"):
-            MEMBERSHIP.get(name)  # says which there are
+        if name not in known and not _is_membership(name):
+            raise unknown_name("attack", name, known)
 
 
 def _transcript(folder: Path) -> Transcript | None:
@@ -193,7 +193,7 @@ def _views(
             continue
         claim = claim_of(receipt, each)
         say(f"{each}: what {len(scores)} attacks prove")
-        found[each] = finite(verdict(scores, Sealed(bits), claim, alpha=ALPHA / len(wanted)))
+        found[each] = verdict(scores, Sealed(bits), claim, alpha=ALPHA / len(wanted))
     return found
 
 
@@ -240,7 +240,7 @@ def _untossed(
         return {}
     say("release: losses of training and test records")
     claim: Claim = claim_of(receipt, "release")
-    return {"release": finite(untossed(scene, claim, attacks))}
+    return {"release": untossed(scene, claim, attacks)}
 
 
 def _kept(scores: Mapping[str, Floats], attacks: Sequence[str] | None) -> dict[str, Floats]:

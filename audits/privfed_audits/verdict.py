@@ -104,7 +104,7 @@ def verdict(
     chosen = choose(scores, bits_M, claim.bound_delta, alpha, rng)
     estimate = estimate_of(chosen.counts, claim, alpha)
     best_M = scores[chosen.attack]
-    return {
+    entry = {
         "attack": chosen.attack,
         "bound": estimate.bound,
         "empirical_epsilon": estimate.low,
@@ -121,6 +121,7 @@ def verdict(
         "bounds": other_bounds(chosen, best_M, bits_M, claim.bound_delta, alpha),
         "assumptions": [COINS, *estimate.assumptions, ADDED],
     }
+    return finite(entry)
 
 
 def choose(scores: Mapping[str, Floats], bits_M: Bits, delta: float, alpha: float, rng: np.random.Generator) -> Choice:
