@@ -115,7 +115,7 @@ def verdict(
         "unit": claim.unit,
         "canaries": len(bits_M),
         "confidence": 1 - alpha,
-        "contradicted": contradicts(estimate, claim),
+        "contradicted": rejects(chosen.counts, claim, alpha),
         **curve(best_M, bits_M, claim, rng),
         "attacks": {name: round(roc(values, bits_M).auc, 4) for name, values in scores.items()},
         "bounds": other_bounds(chosen, best_M, bits_M, claim.bound_delta, alpha),
