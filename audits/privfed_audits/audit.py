@@ -188,7 +188,13 @@ def _views(
     bits = read_coins(folder)  # opened by the scorer alone
     found: dict[str, Any] = {}
     for each in wanted:
-        scores = _kept(_scores(folder, receipt, scene, each, say), attacks)
+        try:
+            scores = _kept(_scores(folder, receipt, scene, each, say), attacks)
+        except ConfigError as error:  # a codec whose messages say nothing by themselves, for one
+            if view is not None:
+                raise
+            say(f"{each}: {error}")
+            continue
         if not scores:
             continue
         claim = claim_of(receipt, each)
