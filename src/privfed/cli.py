@@ -202,7 +202,6 @@ def curves(
         from privfed_audits.curves.command import lines
 
         folder = out or Path("runs") / f"curves-{Path(source).name.removesuffix('.toml')}"
-        say = lambda line: click.echo(line, err=True)  # noqa: E731
         found = run(source, out=folder, settings=settings, resume=resume, jobs=jobs, constraints=recommend, say=_log)
         _say(as_json, *lines(found))
         return found
