@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shared_work import append_row, find_file, interval, read_rows, share_frozen_work, subset
+from shared_work import append_row, find_file, frozen_work, interval, read_rows, share_frozen_work, subset
 
 STORE = Path(__file__).with_name("client_level.jsonl")
 FILES = ("stackexchange_train.jsonl.gz", "stackexchange_test.jsonl.gz")
@@ -173,7 +173,7 @@ def memory(clients: int, source: Path) -> dict[str, Any]:
         ]
         started = time.perf_counter()
         config = load_config("sst2", settings)
-        train(config, out=Path(folder) / "run")
+        train(config, out=Path(folder) / "run", shared=frozen_work())
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"clients": clients, "rows": config.data.limit, "peak_mib": round(peak), "seconds": round(seconds, 1)}

@@ -99,6 +99,24 @@ def test_failures_and_an_early_look_are_said(made: ModuleType, tmp_path: Path) -
     assert states.count("waiting") == 5 and states.count("failed") == 2 and states.count("done") == 29
 
 
+def test_a_broken_promise_comes_first(made: ModuleType, tmp_path: Path) -> None:
+    from privfed_audits.curves.command import lines, summary
+
+    grid = made.grid(seeds=[1])
+    store = made.write(tmp_path / "grid", grid)
+    key, record = next((k, r) for k, r in store.read().items() if r["promises"]["release"]["epsilon"] is not None)
+    record["audit"]["contradicted"] = True
+    entry = record["audit"]["views"]["release"]
+    entry |= {"contradicted": True, "empirical_epsilon": entry["accounted_epsilon"] + 1}
+    store.keep(key, record)
+    found = made.read(store, grid)
+    ((cell, state, why),) = found.troubles()
+    assert (cell.key, state) == (key, "contradicted") and "epsilon of the view release is at least" in why
+    assert "An audit proves more than is promised of 1 cell<" in render(found, tables(found))
+    answer = summary(found, store.path)
+    assert answer["contradicted"] == [cell.name] and any(cell.name in line for line in lines(answer))
+
+
 def test_a_grid_without_a_result_yet_has_a_page(made: ModuleType, tmp_path: Path) -> None:
     grid = made.grid(seeds=[1])
     found = made.read(made.write(tmp_path / "grid", grid, waiting=36), grid)
