@@ -5,8 +5,8 @@
     python benchmarks/curves.py --grid paper -s data.path=... --tunings LoRA
 
 Trains and audits the same cells twice, one after the other on one core each: as ``privfed curves -j 1``, and as one
-``privfed train`` and one ``privfed audit`` a cell, in fresh processes. Prints wall and CPU times of both and the ratios;
-fails if a cell's scores differ or the ratio of CPU times is above 0.6.
+``privfed train`` and one ``privfed audit`` a cell, in fresh processes. Prints wall and CPU times of both and a ratio;
+fails if a cell's scores differ or the ratio of the CPU times is above 0.6.
 """
 
 from __future__ import annotations
