@@ -205,7 +205,9 @@ def curves(
         folder = out or Path("runs") / f"curves-{Path(source).name.removesuffix('.toml')}"
         found = run(source, out=folder, settings=settings, resume=resume, jobs=jobs, constraints=recommend, say=_log)
         _say(as_json, *lines(found))
-        return found
+        wrong = "; ".join(found["contradicted"])
+        sentence = f"An audit proves more than is promised of {wrong}."
+        return {**found, "ok": False, "exit_code": 4, "message": sentence} if wrong else found
 
     _run(body, as_json)
 
