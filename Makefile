@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	$(PIP) $(TORCH)
-	$(PIP) -c constraints.txt -e ".[demo,dev,generation]"
+	$(PIP) -c constraints.txt -e ".[demo,dev,flower,generation]"
 	@touch $@
 
 # The next free folder (runs/demo, runs/demo-2, ...); a run that was interrupted is continued.
