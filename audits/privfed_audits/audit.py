@@ -22,6 +22,7 @@ from privfed.config import parse_config
 from privfed.errors import ConfigError, PrivfedError
 from privfed.federation.canaries import read_coins
 from privfed.federation.folder import reopen
+from privfed.federation.shared import NOTHING, SharedWork
 from privfed.federation.transcript import Transcript, TranscriptError
 from privfed.files import write_atomic
 from privfed.report.html import write_report
@@ -51,6 +52,8 @@ def audit(
     view: View | None = None,
     clients: int = 1,
     say: Say = lambda _line: None,
+    shared: SharedWork = NOTHING,
+    as_if_secret: bool = False,
 ) -> dict[str, Any]:
     """Attack a finished run; write ``audit/audit.json`` into its folder and what was proved into its receipt.
 
@@ -62,6 +65,8 @@ def audit(
         view: The view to keep to; None for all that the run allows.
         clients: Of how many clients single updates are inverted.
         say: Told what takes long.
+        shared: What other runs of a grid, or this one's training, have computed already.
+        as_if_secret: Hold an experiment whose noise is reproducible to what it would guarantee were the noise secret.
 
     Raises:
         ConfigError: If the run is not finished, or does not allow what is asked for.
@@ -76,7 +81,7 @@ def audit(
         "schema": SCHEMA,
         "run_id": receipt["run_id"],
         "adapter_sha256": receipt["adapter_sha256"],
-        "views": _views(folder, config, receipt, transcript, view, attacks, say),
+        "views": _views(folder, config, receipt, transcript, view, attacks, say, shared, as_if_secret=as_if_secret),
         "reconstruction": _reconstruction(folder, config, transcript, view, attacks, clients, say),
     }
     found["contradicted"] = any(entry.get("contradicted", False) for entry in found["views"].values())
@@ -173,6 +178,9 @@ def _views(
     view: View | None,
     attacks: Sequence[str] | None,
     say: Say,
+    shared: SharedWork,
+    *,
+    as_if_secret: bool,
 ) -> dict[str, Any]:
     """Return the entries of all views that membership can be attacked in."""
     if attacks is not None and not any(_is_membership(name) for name in attacks):
@@ -180,7 +188,7 @@ def _views(
     if not config.audit.canaries:
         return _untossed(folder, config, receipt, transcript, view, attacks, say)
     sizes = {c["client_id"]: int(c["size"]) for c in json.loads((folder / "partition.json").read_text())["clients"]}
-    scene = canary_scene(folder, config, transcript, sizes)
+    scene = canary_scene(folder, config, transcript, sizes, shared)
     possible = views_of(scene)
     wanted = [each for each in VIEWS if each in possible and view in (None, each)]
     if not wanted:
@@ -191,7 +199,7 @@ def _views(
         scores = _kept(_scores(folder, receipt, scene, each, say), attacks)
         if not scores:
             continue
-        claim = claim_of(receipt, each)
+        claim = claim_of(receipt, each, as_if_secret=as_if_secret)
         say(f"{each}: what {len(scores)} attacks prove")
         found[each] = finite(verdict(scores, Sealed(bits), claim, alpha=ALPHA / len(wanted)))
     return found

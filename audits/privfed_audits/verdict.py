@@ -44,7 +44,7 @@ ADDED = (
 )
 RATES = (0.01, 0.1, 0.25)
 LARGEST = 200.0
-_WIDEST, _STEPS, _IDEAL, _POINTS = 32.0, 9, 20, 200
+_WIDEST, _STEPS, _IDEAL, _POINTS = 8.0, 6, 20, 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,21 +182,35 @@ def lowest_rates(counts: Counts, alpha: float) -> tuple[float, float]:
     return fpr, clopper_pearson(misses, counts.positives, 1 - alpha).low
 
 
+def rejects(counts: Counts, claim: Claim, alpha: float) -> bool:
+    """Return whether counts contradict a claim: as :func:`estimate_of`, at the price of one accounting."""
+    if claim.epsilon is None:
+        return False
+    if claim.gaussian:
+        return contradicts(estimate_of(counts, claim, alpha), claim)
+    fpr, fnr = counts.rates(alpha)
+    return bool(tradeoff_of(claim.events).tpr(fpr) < 1 - fnr)
+
+
 def noise_scale(claim: Claim, fpr: float, tpr: float) -> float:
-    """Return the epsilon of the accounted mechanism with the most noise that still allows (fpr, tpr)."""
+    """Return the epsilon of the accounted mechanism with the most noise that still allows (fpr, tpr).
+
+    Noise down to an eighth of the accounted is looked at; 200 stands for less.
+    """
 
     def allows(scale: float) -> bool:
         return bool(tradeoff_of(with_noise(claim.events, scale)).tpr(fpr) >= tpr)
 
-    if tpr <= fpr or allows(_WIDEST):
+    if tpr <= fpr:
         return 0.0
-    low, high = -math.log(_WIDEST), math.log(_WIDEST)
     if allows(1.0):
-        low = 0.0
+        low, high = 0.0, math.log(_WIDEST)
+        if allows(_WIDEST):
+            return 0.0
     else:
-        high = 0.0
+        low, high = -math.log(_WIDEST), 0.0
         if not allows(1 / _WIDEST):
-            return math.inf
+            return LARGEST
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if allows(math.exp(middle)) else (low, middle)

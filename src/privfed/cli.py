@@ -79,15 +79,16 @@ def train(
 
         overrides = [*settings, *([f"ledger.path={json.dumps(ledger)}"] if ledger else [])]
         config = load_config(source, overrides)
+        from privfed.api import train as run
         from privfed.console import make_progress
         from privfed.report.text import summarise
-        from privfed.run import train as run
 
         folder = out or Path("runs") / Path(source).name.removesuffix(".toml")
         with make_progress() as progress:
             result = run(config, out=folder, resume=resume, progress=progress)
-        _say(as_json, *summarise(result.receipt, result.folder))
-        return {"folder": str(result.folder), "receipt": result.receipt}
+        receipt = result.receipt or {}
+        _say(as_json, *summarise(receipt, result.path))
+        return {"folder": str(result.path), "receipt": receipt}
 
     _run(body, as_json)
 
@@ -103,7 +104,7 @@ def pretrain(recipe: str, settings: tuple[str, ...], out: Path, as_json: bool) -
     def body() -> dict[str, Any]:
         from privfed.pretrain import pretrain as run
 
-        found = run(recipe, settings, out=out, say=lambda line: click.echo(line, err=True))
+        found = run(recipe, settings, out=out, say=_log)
         _say(as_json, f"Saved to {found['folder']}: use it with -s model.name={found['folder']}")
         return found
 
@@ -170,7 +171,7 @@ def audit(folder: Path, attacks: str | None, view: View | None, clients: int, as
         from privfed_audits.audit import contradiction, lines
 
         names = None if attacks is None else [name.strip() for name in attacks.split(",") if name.strip()]
-        found = run(folder, attacks=names, view=view, clients=clients, say=lambda line: click.echo(line, err=True))
+        found = run(folder, attacks=names, view=view, clients=clients, say=_log)
         _say(as_json, *lines(found))
         sentence = contradiction(found)
         return found if sentence is None else {**found, "ok": False, "exit_code": 4, "message": sentence}
@@ -180,12 +181,21 @@ def audit(folder: Path, attacks: str | None, view: View | None, clients: int, as
 
 @main.command()
 @click.argument("source", metavar="GRID.TOML|PRESET")
+@set_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the grid. Default: runs/curves-<name>.")
 @click.option("--resume", is_flag=True, help="Continue the grid in the folder; what is finished stands.")
 @click.option("-j", "--jobs", type=click.IntRange(min=1), help="Runs at once. Default: what cores and memory allow.")
 @click.option("--recommend", metavar="LIMITS", help='The best cells under limits, e.g. "epsilon<=4, bytes<=1MB".')
 @json_option
-def curves(source: str, out: Path | None, resume: bool, jobs: int | None, recommend: str | None, as_json: bool) -> None:
+def curves(
+    source: str,
+    settings: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    jobs: int | None,
+    recommend: str | None,
+    as_json: bool,
+) -> None:
     """Train and audit a grid of runs; leaves a page, tables and figures. Presets: quick (minutes), paper (hours)."""
 
     def body() -> dict[str, Any]:
@@ -193,9 +203,7 @@ def curves(source: str, out: Path | None, resume: bool, jobs: int | None, recomm
         from privfed_audits.curves.command import lines
 
         folder = out or Path("runs") / f"curves-{Path(source).name.removesuffix('.toml')}"
-        found = run(
-            source, out=folder, resume=resume, jobs=jobs, constraints=recommend, say=lambda s: click.echo(s, err=True)
-        )
+        found = run(source, out=folder, settings=settings, resume=resume, jobs=jobs, constraints=recommend, say=_log)
         _say(as_json, *lines(found))
         return found
 
@@ -410,6 +418,10 @@ def _say(as_json: bool, *lines: str) -> None:
     if not as_json:
         for line in lines:
             click.echo(line)
+
+
+def _log(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _run(body: Callable[[], Mapping[str, Any]], as_json: bool) -> None:

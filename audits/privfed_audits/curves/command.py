@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ def curves(
     source: str,
     *,
     out: Path,
+    settings: Sequence[str] = (),
     resume: bool = False,
     jobs: int | None = None,
     constraints: str | None = None,
@@ -35,6 +36,7 @@ def curves(
     Args:
         source: A TOML file or a preset.
         out: The grid's folder: new, or with ``resume`` the one to continue.
+        settings: More settings for every cell, ``key=value``; a resumed grid needs the same.
         resume: Continue the grid; its finished cells stand, failed ones are run again.
         jobs: At most so many cells at once; None for as many as there are cores and memory for.
         constraints: Recommend under these, and write the run.toml of the best.
@@ -47,7 +49,7 @@ def curves(
         ConfigError: If the grid, the constraints or the folder cannot be used.
     """
     asked = parse(constraints) if constraints is not None else ()
-    grid = load_grid(source)
+    grid = load_grid(source, settings)
     found = cells(grid)
     store = open_store(out, grid, resume=resume)
     with locked(out):
