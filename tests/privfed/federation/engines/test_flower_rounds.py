@@ -177,7 +177,7 @@ def test_a_round_that_is_repeated_is_not_unmasked_for_other_survivors(
     tiny_config: Callable[..., RunConfig], labs: Callable[..., Lab], tmp_path: Path
 ) -> None:
     """Two sums of the same updates, one without a site, would show that site's update to the server."""
-    config = tiny_config(server={"rounds": 2, "cohort_size": 4})
+    config = tiny_config(server={"rounds": 2, "cohort_size": 4}, client={"deadline_s": 15.0})
 
     class Died(BaseException):
         """The server's process is gone."""
@@ -203,7 +203,7 @@ def test_a_round_that_is_repeated_is_not_unmasked_for_other_survivors(
 def test_a_cut_link_is_waited_for_and_heals(
     tiny_config: Callable[..., RunConfig], labs: Callable[..., Lab], tmp_path: Path
 ) -> None:
-    config = tiny_config(server={"rounds": 3, "cohort_size": 4})
+    config = tiny_config(server={"rounds": 3, "cohort_size": 4}, client={"deadline_s": 15.0})
     lab = labs(config)
     cut = iter(range(10_000))
 
