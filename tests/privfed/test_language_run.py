@@ -61,7 +61,7 @@ def chat_gpt2(tiny_gpt2: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def language(model: Path, data: Path, form: str = "text", **tables: dict[str, Any]) -> Any:
+def language(model: Path, data: Path, form: str = "text", /, **tables: dict[str, Any]) -> Any:
     raw: dict[str, dict[str, Any]] = {
         "model": {"name": str(model), "task": "causal_lm", "max_length": 24},
         "data": {"path": str(data), "client": "owner", **FORMS[form]},
