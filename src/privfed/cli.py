@@ -322,7 +322,10 @@ def config_show(source: str, settings: tuple[str, ...], cost: bool, length: int 
     """Print the resolved configuration, every default included; with --cost what its masked sums cost."""
 
     def body() -> dict[str, Any]:
+        from privfed.tuning import check
+
         found = _config(source, settings)
+        check(found.tuning, found.model.task)
         if cost:
             from privfed.federation.cost import run_cost
 
