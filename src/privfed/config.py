@@ -182,7 +182,10 @@ def _sentences(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
         elif problem["type"] == "value_error":
             found.append(f"{key}: {problem['ctx']['error']}." if key else f"{problem['ctx']['error']}.")
         elif problem["type"] == "model_type":
-            found.append(f"{key} = {problem['input']!r}: expected a table of keys, [{key}].")
+            found.append(
+                f"{key} = {problem['input']!r}, expected a table of keys: write [{key}] and its keys, "
+                f"or -s {key}.KEY=VALUE."
+            )
         else:
             found.append(f"{key} = {problem['input']!r}, {_expected(problem)}{_default_of(place, raw)}.")
     return found
