@@ -119,11 +119,15 @@ def train(
         BudgetExceededError: If the plan or a charge passes the data holder's cap.
         SentinelError: If a self-check fails; nothing more is released then.
     """
+    from privfed.federation import folder as folders
     from privfed.federation.follow import following
-    from privfed.run import train as run
 
     found = _parsed(config, settings)
     folder = Path(out) if out is not None else _default_folder(config)
+    if resume:
+        folders.reopen(folder)
+    else:
+        folders.check_new(folder)  # before anything that takes long
     if ledger is not None:
         found = _changed(found, "ledger", path=str(ledger))
     found, held = _with_objects(found, data, test, model, tokenizer, processor)
@@ -132,6 +136,8 @@ def train(
             "data= is an object and has no file for a ledger to lie beside: pass ledger='rows.ledger.sqlite', the same "
             "for every run on these rows, so that what they spend adds up."
         )
+    from privfed.run import train as run  # loads torch
+
     with following(found, folder, progress) as watch:
         result = run(found, out=folder, resume=resume, progress=watch)
     return _read(result.folder, held)

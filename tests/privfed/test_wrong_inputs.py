@@ -73,7 +73,12 @@ WRONG = [
     ),
     ("budget base.toml -s server.cohort_size=9", ["cohort_size = 9, but the partition has 4 clients", "lower it"]),
     ("budget base.toml -s client.batch_size=500", ["larger than the shard of client-", "lower it"]),
+    ("budget base.toml -s data.name=object:0123456789abcdef", ["that Python code handed over", "or set [data] path"]),
     # models
+    (
+        "train base.toml -s model.name=object:0123456789abcdef",
+        ["that Python code handed over", "model.name to a folder"],
+    ),
     ("train base.toml -s model.name=./nothing", ["no model folder './nothing'", "config.json and *.safetensors"]),
     ("train base.toml -s model.name=pickles", ["no *.safetensors", "convert them with save_pretrained"]),
     # folders
@@ -117,6 +122,17 @@ def test_a_wrong_input_ends_with_a_sentence_that_helps(
         assert part in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(folder.rglob("*")) == before  # nothing half made is left
+
+
+def test_data_sets_of_the_hub_ask_for_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    from privfed.data import hub
+    from privfed.data.config import DataConfig
+    from privfed.errors import DataError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hub.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(DataError, match=r"Did you mean 'pydoc'\?.*pip install 'privfed\[hub\]'"):
+            hub.download(DataConfig(name="pydok"), ("pydoc",))
 
 
 def test_there_are_twenty_of_them_and_the_sound_one_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

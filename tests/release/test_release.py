@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-build = pytest.importorskip("build")
-pytest.importorskip("hatchling")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return (wheel, source archive) as `make dist` builds them."""
+    pytest.importorskip("build")
+    pytest.importorskip("hatchling")
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -88,7 +88,9 @@ def test_the_wheel_alone_runs_in_an_environment_of_its_own(built: tuple[Path, Pa
     run(*pip, str(built[0]))
     # the dependencies of this environment stand in for a download; what is privfed comes from the wheel
     (site / "zz_dependencies.pth").write_text("\n".join({sysconfig.get_path("purelib"), *_site_packages()}))
-    where = run(str(python), "-c", "import privfed, privfed_attacks, privfed_audits as a; print(privfed.__file__, a.__file__)")
+    where = run(
+        str(python), "-c", "import privfed, privfed_attacks, privfed_audits as a; print(privfed.__file__, a.__file__)"
+    )
     assert all(Path(path).is_relative_to(site) for path in where.split())
     assert "Fine-tune one model across clients" in run(str(scripts / "privfed"), "--help")
     assert "digest" in run(str(scripts / "privfed"), "config", "validate", "tiny", "-s", "model.name=not/here")
