@@ -11,10 +11,13 @@ PRESET ?= demo
 JOBS ?= 2
 PIP_ARGS ?=
 BROWSER ?= auto
-EXTRAS := demo,dev,generation,hub,mlflow,notebooks,tensorboard
+EXTRAS := demo,dev,generation,hub
+# what only tests need, so that a first run does not wait for it
+TEST_EXTRAS := mlflow,notebooks,tensorboard
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.privfed-setup
+TEST_STAMP := $(VENV)/.privfed-test-setup
 TORCH := $(shell grep -m 1 '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS)
 # one thread a test process: more processes, not more threads, use the cores
@@ -49,6 +52,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
+$(TEST_STAMP): $(STAMP)
+	$(PIP) -c constraints.txt -e ".[$(TEST_EXTRAS)]"
+	@touch $@
+
 # The next free folder (runs/demo, runs/demo-2, ...); a run that was interrupted is continued.
 demo: setup
 	@out=runs/$(PRESET); n=1; resume=; \
@@ -66,7 +73,7 @@ browser:
 	    >/dev/null 2>&1 || echo "It could not be installed: the browser tests will be skipped."; \
 	fi
 
-test: setup browser
+test: $(TEST_STAMP) browser
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: setup
@@ -110,7 +117,7 @@ test-lowest:
 	$(ONE_THREAD) $(LOWEST_VENV)/bin/python -m pytest -q tests/privfed/test_run.py tests/privfed/test_export.py \
 	  tests/privfed/models tests/privfed/tuning/test_tunings.py
 
-notebooks: setup
+notebooks: $(TEST_STAMP)
 	$(BIN)/python notebooks/run.py notebooks/*.ipynb
 
 bench: setup
