@@ -11,7 +11,7 @@ PRESET ?= demo
 JOBS ?= 2
 PIP_ARGS ?=
 BROWSER ?= auto
-EXTRAS := demo,dev,generation,hub
+EXTRAS := demo,dev,flower,generation,hub
 # what only tests need, so that a first run does not wait for it
 TEST_EXTRAS := mlflow,notebooks,tensorboard
 

@@ -163,7 +163,7 @@ def from_scores(
     if strategy == "holdout":
         return _holdout(with_P, without_N, bound, delta, alpha, thresholds, rng)
     if strategy == "bonferroni":
-        grid = _grid(np.concatenate([with_P, without_N]), thresholds)
+        grid = thresholds_of(np.concatenate([with_P, without_N]), thresholds)
         found = [bound(_counted(with_P, without_N, t), delta=delta, alpha=alpha / len(grid)) for t in grid]
         best = max(found, key=lambda each: each.epsilon)
         return _renamed(best, alpha, f"{len(grid)} thresholds by Bonferroni; {best.detail}", RANKED)
@@ -224,7 +224,7 @@ def _holdout(
 ) -> LowerBound:
     choose_P, count_P = _halves(with_P, rng)
     choose_N, count_N = _halves(without_N, rng)
-    grid = _grid(np.concatenate([choose_P, choose_N]), thresholds)
+    grid = thresholds_of(np.concatenate([choose_P, choose_N]), thresholds)
     chosen = max(grid, key=lambda t: bound(_counted(choose_P, choose_N, t), delta=delta, alpha=alpha).epsilon)
     found = bound(_counted(count_P, count_N, chosen), delta=delta, alpha=alpha)
     return _renamed(found, alpha, f"threshold {chosen:.4g} from held-out trials; {found.detail}")
@@ -235,7 +235,7 @@ def _halves(scores: Floats, rng: np.random.Generator | None) -> tuple[Floats, Fl
     return scores[order[::2]], scores[order[1::2]]
 
 
-def _grid(scores: Floats, count: int) -> Sequence[float]:
+def thresholds_of(scores: Floats, count: int) -> Sequence[float]:
     """Return at most ``count`` thresholds at quantiles of the scores, denser towards both ends."""
     half = np.geomspace(1 / len(scores), 0.5, count // 2 + 1)[: count // 2]
     wanted = np.unique(np.concatenate([half, 1 - half]))

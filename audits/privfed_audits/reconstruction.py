@@ -8,9 +8,13 @@ recall is therefore at most the share of its texts that were drawn; precision is
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from privfed.errors import ConfigError
 from privfed.federation.material import Material, gather
@@ -18,17 +22,19 @@ from privfed.federation.phases import TRAIN
 from privfed.federation.transcript import Transcript
 from privfed.files import write_atomic
 from privfed.types import View
-from privfed_attacks.inversion import ATTACKS, Setting
+from privfed_attacks.inversion import ATTACKS, Reconstruction, Setting
 from privfed_attacks.observation import Observation, ThreatModel
 from privfed_attacks.public_model import PublicModel, rebuild
 from privfed_attacks.scoring import Batch, score_texts
-from privfed_attacks.sealed import Sealed
+from privfed_attacks.sealed import Sealed, unseal
 
 PRIOR = "prior"
 _AUXILIARY = 200
 
 
-def reconstruct(folder: Path, attacks: Sequence[str], *, view: View | None = None, clients: int = 1) -> dict[str, Any]:
+def reconstruct(
+    folder: Path, attacks: Sequence[str], *, view: View | None = None, clients: int = 1, keep: bool = False
+) -> dict[str, Any]:
     """Attack a recorded run and write ``audit/reconstruction.json`` into its folder.
 
     Args:
@@ -36,6 +42,7 @@ def reconstruct(folder: Path, attacks: Sequence[str], *, view: View | None = Non
         attacks: Names of inversion attacks on texts; the prior-only baseline is always beside them.
         view: What the adversary sees; by default all that the run let a server see.
         clients: Of how many clients single updates are attacked, in an individual view.
+        keep: Return the texts too, each with what was found of it (``texts``); they are not written.
 
     Raises:
         ConfigError: If an attack is not known or not for texts, or the run is not one of a text classifier.
@@ -54,7 +61,8 @@ def reconstruct(folder: Path, attacks: Sequence[str], *, view: View | None = Non
     if not seen:
         raise ConfigError("The recorded run has no round that gave this adversary anything to see.")
     material, model = gather(transcript.config), rebuild(seen[0].side)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    kept: list[list[dict[str, Any]]] = []
     for source, observations in _targets(seen, clients):
         names = {source} if source is not None else {name for r in transcript.rounds(TRAIN) for name in r.survivors}
         truth, setting = _truth(material, model, names, transcript.config.model.max_length)
@@ -64,10 +72,50 @@ def reconstruct(folder: Path, attacks: Sequence[str], *, view: View | None = Non
             rows.append(
                 {"attack": name, "client": source, "rounds": len(observations), **scores, "facts": {**guess.facts}}
             )
+            kept.append(paired(guess, truth, model.tokenizer) if keep else [])
     found = {"view": chosen, "transcript": transcript.digests(), "results": rows}
     (folder / "audit").mkdir(exist_ok=True)
     write_atomic(folder / "audit" / "reconstruction.json", (json.dumps(found, indent=1) + "\n").encode())
+    if keep:
+        return {**found, "results": [{**row, "texts": texts} for row, texts in zip(rows, kept, strict=True)]}
     return found
+
+
+def paired(guess: Reconstruction, truth: Sealed[Batch], tokenizer: Any) -> list[dict[str, Any]]:
+    """Return each text with what was found of it, and the share of its tokens that is in that.
+
+    Guessed texts are matched to the texts that they share most tokens with, one each. An attack that finds tokens only
+    is shown as the text with a dot for every token that it missed; it does not know their order.
+    """
+    special = set(tokenizer.all_special_ids)
+    texts = [[token for token in text if token not in special] for text in unseal(truth).texts]
+    guesses = [[token for token in text if token not in special] for text in guess.sequences]
+    if not guesses:
+        return [_bag(text, guess.tokens, tokenizer) for text in texts]
+    shared = np.array([[_share(text, each) for each in guesses] for text in texts])
+    rows, columns = linear_sum_assignment(-shared)
+    match = dict(zip(rows.tolist(), columns.tolist(), strict=True))
+    return [
+        {
+            "truth": tokenizer.decode(text),
+            "found": tokenizer.decode(guesses[match[i]]) if i in match else "",
+            "score": round(float(shared[i, match[i]]), 4) if i in match else 0.0,
+            "ordered": True,
+        }
+        for i, text in enumerate(texts)
+    ]
+
+
+def _bag(text: list[int], tokens: frozenset[int], tokenizer: Any) -> dict[str, Any]:
+    words = [tokenizer.decode([token]) if token in tokens else "\u00b7" for token in text]
+    score = sum(token in tokens for token in text) / max(1, len(text))
+    return {"truth": tokenizer.decode(text), "found": " ".join(words), "score": round(score, 4), "ordered": False}
+
+
+def _share(text: list[int], guess: list[int]) -> float:
+    """Return the share of a text's tokens, counted as often as they occur, that a guess has."""
+    common = sum((Counter(text) & Counter(guess)).values())
+    return common / max(1, len(text))
 
 
 def lines(found: dict[str, Any]) -> list[str]:

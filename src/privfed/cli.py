@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
+from privfed.deployment.commands import commands
+
 if TYPE_CHECKING:
     from privfed.config import RunConfig
     from privfed.types import View
@@ -124,7 +126,7 @@ def pretrain(recipe: str, settings: tuple[str, ...], out: Path, as_json: bool) -
     def body() -> dict[str, Any]:
         from privfed.pretrain import pretrain as run
 
-        found = run(recipe, settings, out=out, say=lambda line: click.echo(line, err=True))
+        found = run(recipe, settings, out=out, say=_log)
         _say(as_json, f"Saved to {found['folder']}: use it with -s model.name={found['folder']}")
         return found
 
@@ -133,40 +135,97 @@ def pretrain(recipe: str, settings: tuple[str, ...], out: Path, as_json: bool) -
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--verify", "check", is_flag=True, help="Check receipt, signature and every epsilon, offline.")
+@click.option("--key", type=click.Path(path_type=Path), help="With --verify: public key of who should have signed.")
+@click.option("--sign", "sign_key", type=click.Path(path_type=Path), metavar="KEYFILE", help="Sign the receipt.")
+@click.option("--new-key", is_flag=True, help="With --sign: make the key first, and KEYFILE.pub to give away.")
 @json_option
-def report(folder: Path, as_json: bool) -> None:
-    """Write report.html of a run folder: one self-contained page."""
+def report(folder: Path, check: bool, key: Path | None, sign_key: Path | None, new_key: bool, as_json: bool) -> None:
+    """Write report.html of a run folder: one self-contained page. Or sign its receipt, or check one.
+
+    With --verify the exit code is 1 where something does not fit, and 4 where an epsilon is claimed too small.
+    """
 
     def body() -> dict[str, Any]:
+        if (key and not check) or (new_key and not sign_key) or (check and sign_key):
+            raise click.UsageError("--key goes with --verify, --new-key with --sign, and --verify not with --sign.")
+        if check:
+            return _verified(folder, key, as_json)
         from privfed.report.html import write_report
 
+        signer = None
+        if sign_key:
+            from privfed.report.receipt import read_receipt, write_receipt
+            from privfed.report.signing import fingerprint, make_key, signed
+
+            receipt = read_receipt(folder / "receipt.json")
+            public = make_key(sign_key) if new_key else None
+            write_receipt(folder / "receipt.json", signed(receipt, sign_key))
+            signer = fingerprint(read_receipt(folder / "receipt.json"))
+            _say(as_json, f"Signed by the key {signer}{f'; its public half is {public}' if public else ''}")
         path = write_report(folder)
         _say(as_json, str(path))
-        return {"report": str(path)}
+        return {"report": str(path), "signed_by": signer}
 
     _run(body, as_json)
 
 
 @main.command()
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--attacks", default="span", show_default=True, help="Inversion attacks, separated by commas.")
+@click.option("--attacks", help="Attacks to keep to, separated by commas. Default: all that the run allows.")
 @click.option(
     "--view",
     type=click.Choice(["individual", "aggregate", "release"]),
-    help="What the adversary sees. Default: all that a server saw.",
+    help="What the adversary sees. Default: all that the run allows.",
 )
 @click.option(
-    "--clients", type=click.IntRange(min=1), default=1, show_default=True, help="Clients to attack one by one."
+    "--clients", type=click.IntRange(min=1), default=1, show_default=True, help="Clients to invert one by one."
 )
 @json_option
-def audit(folder: Path, attacks: str, view: View | None, clients: int, as_json: bool) -> None:
-    """Attack a run that was recorded with audit.record = true, and score what is found against its data."""
+def audit(folder: Path, attacks: str | None, view: View | None, clients: int, as_json: bool) -> None:
+    """Attack a run and set what is proved against what its receipt claims; exit 4 if a claim is contradicted.
+
+    Train with audit.canaries = N for bounds on epsilon, and with audit.record = true for all views.
+    """
 
     def body() -> dict[str, Any]:
-        from privfed_audits.reconstruction import lines, reconstruct
+        from privfed_audits.audit import audit as run
+        from privfed_audits.audit import contradiction, lines
 
-        names = [name.strip() for name in attacks.split(",") if name.strip()]
-        found = reconstruct(folder, names, view=view, clients=clients)
+        names = None if attacks is None else [name.strip() for name in attacks.split(",") if name.strip()]
+        found = run(folder, attacks=names, view=view, clients=clients, say=_log)
+        _say(as_json, *lines(found))
+        sentence = contradiction(found)
+        return found if sentence is None else {**found, "ok": False, "exit_code": 4, "message": sentence}
+
+    _run(body, as_json)
+
+
+@main.command()
+@click.argument("source", metavar="GRID.TOML|PRESET")
+@set_option
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the grid. Default: runs/curves-<name>.")
+@click.option("--resume", is_flag=True, help="Continue the grid in the folder; what is finished stands.")
+@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Runs at once. Default: what cores and memory allow.")
+@click.option("--recommend", metavar="LIMITS", help='The best cells under limits, e.g. "epsilon<=4, bytes<=1MB".')
+@json_option
+def curves(
+    source: str,
+    settings: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    jobs: int | None,
+    recommend: str | None,
+    as_json: bool,
+) -> None:
+    """Train and audit a grid of runs; leaves a page, tables and figures. Presets: quick (minutes), paper (hours)."""
+
+    def body() -> dict[str, Any]:
+        from privfed_audits.curves.command import curves as run
+        from privfed_audits.curves.command import lines
+
+        folder = out or Path("runs") / f"curves-{Path(source).name.removesuffix('.toml')}"
+        found = run(source, out=folder, settings=settings, resume=resume, jobs=jobs, constraints=recommend, say=_log)
         _say(as_json, *lines(found))
         return found
 
@@ -332,6 +391,26 @@ def config_diff(left: str, right: str, as_json: bool) -> None:
     _run(body, as_json)
 
 
+def _verified(folder: Path, key: Path | None, as_json: bool) -> dict[str, Any]:
+    """Return what a check of a receipt found."""
+    from privfed.report.verify import verify
+
+    found = verify(folder, key=key)
+    _say(as_json, *(found.mismatches or [f"Verified: {', '.join(found.checked)}."]))
+    for view, value in found.epsilon.items():
+        _say(as_json, f"{view}: epsilon {value:.6g}")
+    if found.signed_by and key is None:
+        _say(as_json, f"Signed by the key {found.signed_by}; whose that is, --key would tell.")
+    return {
+        "ok": not found.mismatches,
+        "exit_code": found.exit_code,
+        "mismatches": list(found.mismatches),
+        "epsilon": dict(found.epsilon),
+        "signed_by": found.signed_by,
+        "checked": list(found.checked),
+    }
+
+
 def _fits(config: RunConfig) -> bool:
     """Ask the model's shape whether tuning and rule fit it; return False where the model is not here to ask."""
     from privfed.errors import ModelError
@@ -363,6 +442,10 @@ def _say(as_json: bool, *lines: str) -> None:
             click.echo(line)
 
 
+def _log(line: str) -> None:
+    click.echo(line, err=True)
+
+
 def _run(body: Callable[[], Mapping[str, Any]], as_json: bool) -> None:
     """Run a command's body; turn privfed's errors into one sentence and its exit code."""
     from privfed.errors import PrivfedError
@@ -378,7 +461,9 @@ def _run(body: Callable[[], Mapping[str, Any]], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=1, allow_nan=False))
     if found.get("ok") is False:
-        sys.exit(1)
+        if "message" in found and not as_json:
+            click.echo(f"Error: {found['message']}", err=True)
+        sys.exit(int(found.get("exit_code", 1)))
 
 
 def _fail(message: str, kind: str, code: int, as_json: bool) -> NoReturn:
@@ -388,6 +473,9 @@ def _fail(message: str, kind: str, code: int, as_json: bool) -> NoReturn:
         click.echo(f"Error: {message}", err=True)
     sys.exit(code)
 
+
+for _command in commands(_run, set_option, json_option):
+    main.add_command(_command)
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +21,18 @@ from numpy.typing import NDArray
 from privfed import __version__, objects
 from privfed.config import RunConfig, differences, parse_config
 from privfed.errors import BudgetExceededError, ConfigError, PrivfedError, ResumeError
+from privfed.federation import canaries, recorder, saving, sentinels, setup, structure, workbench
 from privfed.federation import folder as folders
 from privfed.federation import material as materials
-from privfed.federation import recorder, saving, sentinels, setup, structure, workbench
 from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.client import Holder
 from privfed.federation.engines.in_process import Outcome, run_phases
+from privfed.federation.exchange import Connect, Exchange
 from privfed.federation.folder import RunFolder
 from privfed.federation.generation import Generation, generate
 from privfed.federation.phases import TRAIN
 from privfed.federation.progress import Progress, Silent
+from privfed.federation.shared import NOTHING, SharedWork
 from privfed.models.language import LanguageExamples
 from privfed.privacy.discrete.planning import survivors_events
 from privfed.privacy.ledger import Ledger
@@ -42,6 +44,7 @@ from privfed.report.receipt import build_receipt, read_receipt, write_receipt
 from privfed.rng import reproducible_key
 from privfed.types import EVERYONE
 
+SIMULATED = "Simulation only: computed from the clients' data without noise. Not part of the release."
 PACKAGES = ("torch", "transformers", "peft", "opacus", "dp-accounting", "numpy", "cryptography")
 
 
@@ -58,7 +61,15 @@ class RunResult:
     receipt: Mapping[str, Any]
 
 
-def train(config: RunConfig, *, out: Path, resume: bool = False, progress: Progress | None = None) -> RunResult:
+def train(
+    config: RunConfig,
+    *,
+    out: Path,
+    resume: bool = False,
+    progress: Progress | None = None,
+    engine: Engine | None = None,
+    shared: SharedWork = NOTHING,
+) -> RunResult:
     """Fine-tune as ``config`` says, from its first round or from where the folder's checkpoint stands.
 
     Args:
@@ -66,6 +77,8 @@ def train(config: RunConfig, *, out: Path, resume: bool = False, progress: Progr
         out: The run folder; new, or with ``resume`` the one to continue.
         resume: Continue the run in ``out``; the configuration must be the same.
         progress: Told what happens; silent by default.
+        engine: Where the clients are; in this process by default.
+        shared: What other runs of a grid have computed already; the result is the same to the bit without it.
 
     Returns:
         The folder and the receipt.
@@ -80,20 +93,49 @@ def train(config: RunConfig, *, out: Path, resume: bool = False, progress: Progr
     watch = progress or Silent()
     started = time.perf_counter()
     materials.check_before_data(config)
+    if engine is not None and config.audit.canaries:
+        raise ConfigError(
+            f"audit.canaries = {config.audit.canaries}: canaries are planted where all clients' data are, and here the "
+            "sites hold theirs; set it to 0, or train in one process with `privfed train`."
+        )
     structure.check_structure(config)
     run_folder = _open_folder(config, out, resume=resume)
     if (run_folder.path / "receipt.json").exists():
-        return _finish_again(config, run_folder)
+        return _finish_again(config, run_folder, engine)
     try:
         setup.set_deterministic()
-        material = materials.gather(config)
+        material = materials.gather(config, shared) if engine is None else engine.material(config)
+        if config.audit.canaries:
+            under_way = load_checkpoint(run_folder.checkpoint) is not None
+            coins = canaries.toss(run_folder.path, config, started=under_way)
+            material = canaries.plant(config, material, coins)
         with ExitStack() as stack:
-            ledger = stack.enter_context(_open_ledger(config, run_folder))
-            runner = _Run(config, run_folder, material, ledger, watch)
+            ledger = stack.enter_context(_open_ledger(config, run_folder, engine))
+            runner = _Run(config, run_folder, material, ledger, watch, engine, shared=shared)
             return runner.finish(runner.train(), started)
     except PrivfedError:
         _discard_unstarted(run_folder)
         raise
+
+
+class Engine(Protocol):
+    """Where a run's clients are, if not in this process."""
+
+    def material(self, config: RunConfig) -> materials.Material:
+        """Return the data as the server has them."""
+
+    def start(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        stages: Mapping[str, setup.Stage],
+        material: materials.Material,
+        watch: Progress,
+    ) -> Connect:
+        """Get the clients ready; return what makes the exchange of each round."""
+
+    def finish(self) -> None:
+        """Tell the clients that the run is over."""
 
 
 @dataclass(slots=True)
@@ -105,10 +147,12 @@ class _Run:
     material: materials.Material
     ledger: Ledger
     watch: Progress
+    engine: Engine | None = None
     plan: Plan | None = None
     bench: workbench.Workbench | None = None
     results: dict[str, str] | None = None
     stage: setup.Stage | None = None
+    shared: SharedWork = NOTHING
 
     def train(self) -> Outcome:
         """Plan, check, train every phase, check again."""
@@ -134,9 +178,11 @@ class _Run:
         frozen = sentinels.frozen_digests(self.bench.tuned.model)
         self._open_metrics(stages)
         spent = spent_so_far(self.config.privacy, self.plan, self._phases())
-        outcome = run_phases(
-            stages, self.config, self.folder, holder, self.watch, self.material.dataset.label_names, spent
-        )
+        connect: Connect = Exchange
+        if self.engine is not None:
+            connect = self.engine.start(self.config, self.folder, stages, self.material, self.watch)
+        names = self.material.dataset.label_names
+        outcome = run_phases(stages, self.config, self.folder, holder, self.watch, names, spent, connect)
         self._check_after(stages, outcome, vanishing, frozen)
         return outcome
 
@@ -161,11 +207,13 @@ class _Run:
         write_receipt(self.folder.path / "receipt.json", receipt)
         write_report(self.folder.path)
         self.ledger.erase_run_key(self.folder.run_id)
+        if self.engine is not None:
+            self.engine.finish()
         return RunResult(folder=self.folder.path, receipt=receipt)
 
     def _built(self) -> workbench.Workbench:
         self.watch.message(f"Loading {self.config.model.name}")
-        return workbench.build(self.config, self.material, self.watch)
+        return workbench.build(self.config, self.material, self.watch, self.shared)
 
     def _lengths(self) -> Mapping[str, int] | None:
         distributed = self.config.privacy.is_distributed
@@ -255,8 +303,7 @@ class _Run:
             still = vanishing | (set(sharing.layout.names) - sharing.must_move(plan.rounds, plan.local_steps))
             moved = sentinels.check_moved(
                 sharing.layout,
-                outcome.start_D[TRAIN],
-                outcome.state.params_D,
+                outcome.moved,
                 still,
                 # a block whose clients were in no cohort stands still
                 dense=stage.phase.codec.properties.dense
@@ -299,7 +346,7 @@ class _Run:
                 "rounds": self.config.server.rounds,
                 "tuning": getattr(self.config.tuning, "name", ""),
                 "planned_epsilon": self.plan.epsilon if self.plan else None,
-                "train_rows": len(self.material.dataset.train),
+                "train_rows": sum(map(len, self.material.shards)),
                 "test_rows": len(self.material.dataset.test),
             }
         )
@@ -356,8 +403,9 @@ def ledger_path(config: RunConfig, run_folder: Path) -> Path:
 
 def partition_record(config: RunConfig, material: materials.Material) -> dict[str, Any]:
     """Return partition.json: who holds what. Known only because the clients are simulated on one machine."""
-    labels = material.dataset.train.labels
-    names = material.dataset.label_names
+    # at sites nobody but they knows the labels
+    labels = material.dataset.train.labels if material.simulated else None
+    names = material.dataset.label_names if material.simulated else ()
     return {
         "label_names": list(names),
         "clients": [
@@ -369,7 +417,7 @@ def partition_record(config: RunConfig, material: materials.Material) -> dict[st
             for shard in material.shards
         ],
         "partitioner": getattr(config.partition, "name", ""),
-        "note": "Simulation only: computed from the clients' data without noise. Not part of the release.",
+        "note": SIMULATED if material.simulated else "Public: sizes as the roster states them.",
     }
 
 
@@ -409,8 +457,9 @@ def _named(name: str | None) -> str:
     return "unset" if name is None else repr(objects.short(name)) if objects.is_object(name) else repr(name)
 
 
-def _open_ledger(config: RunConfig, run_folder: RunFolder) -> Ledger:
-    path = ledger_path(config, run_folder.path)
+def _open_ledger(config: RunConfig, run_folder: RunFolder, engine: Engine | None) -> Ledger:
+    """Open the data holder's ledger; where clients are elsewhere, the server's own record of what it asked of them."""
+    path = ledger_path(config, run_folder.path) if engine is None else run_folder.path / "ledger.sqlite"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -422,10 +471,10 @@ def _open_ledger(config: RunConfig, run_folder: RunFolder) -> Ledger:
     return ledger
 
 
-def _finish_again(config: RunConfig, run_folder: RunFolder) -> RunResult:
+def _finish_again(config: RunConfig, run_folder: RunFolder, engine: Engine | None) -> RunResult:
     """Do what comes after the receipt: a run that was stopped there has no more to train, and perhaps no key."""
     write_report(run_folder.path)
-    with _open_ledger(config, run_folder) as ledger:
+    with _open_ledger(config, run_folder, engine) as ledger:
         ledger.erase_run_key(run_folder.run_id)
     return RunResult(folder=run_folder.path, receipt=read_receipt(run_folder.path / "receipt.json"))
 

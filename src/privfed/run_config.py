@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from privfed.compression import CODECS
 from privfed.compression.checks import Setting, check_codec, check_downlink, largest_carried
 from privfed.data import PARTITIONERS, form_of, has_labels
+from privfed.data.canaries import CANARIES, check_canaries
 from privfed.data.config import DataConfig
 from privfed.data.sharding import no_classes
 from privfed.errors import ConfigError
@@ -62,9 +63,15 @@ class AuditConfig(Table):
         record: Keep in ``transcript/`` what went over the wire, for attacks to be run on: every broadcast, and each
             client's message, or under secure aggregation only the sum. Off by default, for *messages of single clients
             are then kept*; receipt and report say so.
+        canaries: Plant so many canaries, each in the training data by the toss of a coin; 0 for none. ``privfed audit``
+            then bounds epsilon from below by how well the coins can be told. *The model has seen made-up records*.
+        canary: What a canary is: a ``mislabelled`` record, a text of ``rare_token`` words, or a record with a given
+            ``gradient`` (under unit ``client``: a client with such a record).
     """
 
     record: bool = False
+    canaries: int = Field(default=0, ge=0)
+    canary: str = "mislabelled"
 
 
 def _tagged(registry: Registry[Any], default: str) -> Any:
@@ -157,6 +164,7 @@ class RunConfig(Table):
     def _check_codec(self) -> Self:
         check_downlink(self.downlink)
         rule, mechanism = RULES.get(self.server.rule), MECHANISMS.get(self.privacy.mechanism_name)
+        tuning = str(getattr(self.tuning, "name", ""))
         check_codec(
             self.compression,
             Setting(
@@ -172,6 +180,9 @@ class RunConfig(Table):
                 weighted=self.server.weighting == "examples",
                 meter=self.server.meter,
                 layers=bool(self.server.layers),
+                coordinatewise=rule.coordinatewise,
+                tuning=tuning,
+                scores=TUNINGS.get(tuning).scores,
             ),
         )
         return self
@@ -216,24 +227,32 @@ class RunConfig(Table):
         return self
 
     @model_validator(mode="after")
-    def _check_support(self) -> Self:
-        """A rule on each coordinate takes a value that was not sent for a 0, and the zeros would outvote the rest."""
-        codec = str(getattr(self.compression, "name", ""))
-        shared = CODECS.get(codec).declare(self.compression, self.secagg.name == "masked").shared_support
-        if RULES.get(self.server.rule).coordinatewise and not shared:
-            raise ConfigError(
-                f"compression.name = {codec!r} with server.aggregation = {self.server.rule!r}: each client sends other "
-                "values and the rule would take the others for 0, of which most are; use compression.name = "
-                '"random_k", or aggregation = "geometric_median".'
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_recording(self) -> Self:
         if self.audit.record and self.server.layers:
             raise ConfigError(
                 f"audit.record = true with server.layers = {self.server.layers}: what was recorded would be read as if "
                 "all clients had trained all tensors; set audit.record = false, or layers = []."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_canaries(self) -> Self:
+        audit = self.audit
+        if not audit.canaries:
+            return self
+        check_canaries(audit.canary, audit.canaries, task=self.model.task, unit=self.privacy.unit)
+        if CANARIES.get(audit.canary).loss == "model":
+            return self
+        place = f'audit.canary = "{audit.canary}", whose gradient is one trained value,'
+        if self.head_warm_start.name != "none":
+            raise ConfigError(
+                f'{place} with head_warm_start.name = "{self.head_warm_start.name}": the two phases train different '
+                'values; set head_warm_start.name = "none".'
+            )
+        if RULES.get(self.server.rule).alternates or self.server.layers or self.server.personal or self.server.ranks:
+            raise ConfigError(
+                f"{place} in a run whose clients do not all train and send every value in every round: set "
+                'server.aggregation = "fedavg", and layers, personal and ranks to [].'
             )
         return self
 

@@ -19,6 +19,8 @@ VIEWS: tuple[View, ...] = ("individual", "aggregate", "release")
 Float32 = NDArray[np.float32]
 EVERYONE = "*"
 """The client of a charge that falls on all clients alike."""
+SCORES = "scores"
+"""Last part of the name of a trained tensor that holds the log-odds of a random mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

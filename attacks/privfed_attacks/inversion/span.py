@@ -42,15 +42,15 @@ class SpanConfig(Table):
     """Options.
 
     Attributes:
-        share: A token is a member if it is nearer to the span than this share of what is usual in the vocabulary.
-        deviations: A member's position is taken if it is no farther than so many times what the noise explains.
+        share: A token is taken if it is nearer to the span than this share of what is usual in the vocabulary.
+        evidence: ... and stays if what it explains is so many times what noise would.
         order: Put the tokens into texts with the second layer.
         restarts: How often the search for a text starts anew.
     """
 
     name: Literal["span"] = "span"
-    share: float = Field(default=0.85, gt=0, le=1)
-    deviations: float = Field(default=1.5, gt=0)
+    share: float = Field(default=0.9, gt=0, le=1)
+    evidence: float = Field(default=4.0, gt=0)
     order: bool = True
     restarts: int = Field(default=4, ge=1)
 
@@ -59,11 +59,12 @@ def run(
     observations: Sequence[Observation], model: PublicModel, setting: Setting, config: SpanConfig
 ) -> Reconstruction:
     """Return the tokens whose inputs lie in the observed span, and the texts that the second layer confirms."""
-    from privfed_attacks.text.membership import Test, members
+    from privfed_attacks.text.membership import members
     from privfed_attacks.text.ordering import ordered
+    from privfed_attacks.text.pursuit import Limits
 
-    test = Test(share=config.share, deviations=config.deviations)
-    found = members(observations, model, setting.max_tokens, test)
+    limits = Limits(share=config.share, evidence=config.evidence)
+    found = members(observations, model, setting.max_tokens, limits)
     facts: dict[str, Any] = dict(found.facts)
     texts: tuple[tuple[int, ...], ...] = ()
     if config.order and found.pairs:

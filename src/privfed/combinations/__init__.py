@@ -5,7 +5,7 @@ and each combination is put to the checks that a run is put to (the configuratio
 and the making of the codec). So a plug-in that is added is a row more, and a check that changes changes the matrix.
 
 Of the tunings, of which there are many, one of each class is asked: no check tells two tunings apart that the same
-rules take and that both can train the task.
+rules take, that both can train the task, and that both or neither train the scores of a mask.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _tuning_classes(tunings: Sequence[Choice]) -> dict[str, str]:
     for choice in tunings:
         plugin = TUNINGS.get(choice.label)
         taken_by = frozenset(name for name, takes in taking.items() if choice.label in takes)
-        key = (bool(plugin.unavailable), TASK in plugin.tasks, taken_by)
+        key = (bool(plugin.unavailable), TASK in plugin.tasks, plugin.scores, taken_by)
         found[choice.label] = first.setdefault(key, choice.label)
     return found
 

@@ -60,12 +60,16 @@ class RoundContext:
         run_seed: Fixed for all rounds. Like ``round_seed`` it must not depend on any client's data.
         round_seed: Another one each round.
         shapes: Shapes of the tensors that lie in the vector of this round, in order.
+        names: Their names.
+        given_D: What clients train from, of these tensors; None where it is not known yet, as before a first round.
         carried: The server's public state, from ``public_state``.
     """
 
     run_seed: bytes
     round_seed: bytes
     shapes: tuple[tuple[int, ...], ...] = ()
+    names: tuple[str, ...] = ()
+    given_D: Float32 | None = field(default=None, repr=False, compare=False)
     carried: CodecState = field(default_factory=dict, repr=False)
 
     def inner(self, length: int) -> RoundContext:
@@ -105,6 +109,7 @@ class Properties:
         steady: The values of a sum have the same meaning and number in every round, so that noise may be correlated
             over rounds.
         dense: Every value of the updates has a part in what is decoded, so that every trained tensor has to move.
+        scores: What is sent are draws of a mask, so the tuning has to train its scores.
     """
 
     summable: bool
@@ -123,6 +128,7 @@ class Properties:
     separable: bool = True
     steady: bool = True
     dense: bool = True
+    scores: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,8 +217,16 @@ class TwoPass(Protocol):
     def between(self, linear_M: Float64, length: int) -> Float32:
         """Return what the server tells the clients, from the (noised) ``linear_sum`` of the first pass."""
 
-    def second(self, message: Float32, length: int) -> Codec:
-        """Return the codec of the second pass."""
+    def second(self, message: Float32, length: int, first_M: Float64 | None = None) -> Codec:
+        """Return the codec of the second pass.
+
+        Args:
+            message: What ``between`` returned.
+            length: D.
+            first_M: What the first pass's ``linear_sum`` was, on the scale of what the second one is expanded from: the
+                (noised) mean at the server, the client's own at a client that computes its residual. Not needed to
+                encode.
+        """
 
 
 class BaseCodec:

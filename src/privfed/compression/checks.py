@@ -26,6 +26,9 @@ class Setting:
         weighted: Whether clients are weighted.
         meter: Whether a meter reads each client's update.
         layers: Whether clients train different tensors.
+        coordinatewise: Whether the rule looks at each value by itself.
+        tuning: Name of the tuning.
+        scores: Whether it trains the scores of a mask.
     """
 
     masked: bool
@@ -40,6 +43,9 @@ class Setting:
     weighted: bool
     meter: bool
     layers: bool = False
+    coordinatewise: bool = False
+    tuning: str = ""
+    scores: bool = False
 
 
 def check_codec(config: Table, setting: Setting) -> None:
@@ -49,14 +55,15 @@ def check_codec(config: Table, setting: Setting) -> None:
         ConfigError: A sentence that names both sides and the nearest that works.
     """
     found, given = plugin_of(config).declare(config, setting.masked), _given(config)
+    if found.scores and not setting.scores:
+        raise ConfigError(
+            f'{given} with tuning.name = "{setting.tuning}": the codec sends draws of a mask, and this tuning trains '
+            'no scores of one; use tuning.name = "bernoulli_mask", or compression.name = "stochastic_quantizer".'
+        )
     _check_sum(config, found, setting)
     if setting.central:
         _check_noise(found, given, setting)
-    if not found.separable and setting.individual:
-        raise ConfigError(
-            f'{given} with server.aggregation = "{setting.rule}", which needs the update of each client: this codec '
-            'decodes sums only; use compression.name = "random_k", or aggregation = "fedavg".'
-        )
+    _check_rule(found, given, setting)
     if not found.separable and setting.meter:
         raise ConfigError(
             f"{given} with server.meter = true, which reads the update of each client: this codec decodes sums only; "
@@ -64,12 +71,6 @@ def check_codec(config: Table, setting: Setting) -> None:
         )
     if setting.layers:
         _check_layers(found, given)
-    if not found.linear and not found.server_state and setting.variates:
-        raise ConfigError(
-            f'{given} with server.aggregation = "{setting.rule}": what the server decodes is no average of updates, '
-            'from which the control variates are computed; use a codec that averages, such as "stochastic_quantizer", '
-            'or aggregation = "fedavg".'
-        )
 
 
 def check_downlink(config: Table) -> None:
@@ -122,6 +123,28 @@ def _check_noise(found: Properties, given: str, setting: Setting) -> None:
         raise ConfigError(
             f'{given} with privacy.mechanism = "{setting.mechanism}": the mechanism takes back noise of earlier rounds '
             'and this codec sends other values in each; use mechanism = "gaussian", or compression.name = "identity".'
+        )
+
+
+def _check_rule(found: Properties, given: str, setting: Setting) -> None:
+    """Refuse what the aggregation rule cannot read in the codec's messages or sum."""
+    if not found.separable and setting.individual:
+        raise ConfigError(
+            f'{given} with server.aggregation = "{setting.rule}", which needs the update of each client: this codec '
+            'decodes sums only; use compression.name = "random_k", or aggregation = "fedavg".'
+        )
+    if not found.shared_support and setting.coordinatewise:
+        raise ConfigError(
+            f'{given} with server.aggregation = "{setting.rule}": each client sends other values and the rule would '
+            "take the others for 0, of which most are, and outvote the rest with them; use compression.name = "
+            '"random_k", or aggregation = "geometric_median".'
+        )
+    averages = found.linear or (found.server_state and not found.scores)
+    if setting.variates and not averages:
+        raise ConfigError(
+            f'{given} with server.aggregation = "{setting.rule}": what the server decodes is no average of updates, '
+            'from which the control variates are computed; use a codec that averages, such as "stochastic_quantizer", '
+            'or aggregation = "fedavg".'
         )
 
 

@@ -48,6 +48,12 @@ def check_finite(vector_D: NDArray[np.floating]) -> float:
     return max(high, -low)
 
 
+def norm_of(vector_D: Float32) -> float:
+    """Return the norm, added up in float64."""
+    parts = (vector_D[start : start + _BLOCK].astype(np.float64) for start in range(0, vector_D.size, _BLOCK))
+    return math.sqrt(sum(float(part @ part) for part in parts))
+
+
 def to_ring(steps_M: NDArray[np.int64], bits: int) -> NDArray[np.uint32]:
     """Return signed step counts as residues modulo 2^bits (two's complement)."""
     return (steps_M & ((1 << bits) - 1)).astype(np.uint32)
@@ -103,3 +109,22 @@ def stochastic_steps(
         if bits < 32:
             np.bitwise_and(out, (1 << bits) - 1, out=out)
     return out_M.view(np.uint32)
+
+
+def stochastic_signs(vector_M: Float32, top: float, stream: PrivateStream) -> NDArray[np.bool_]:
+    """Return for each value whether it becomes -top instead of +top: with probability (1 - value / top) / 2, to 2^-16.
+
+    Values beyond ``top`` become what they are nearest to.
+    """
+    out_M = np.empty(vector_M.size, dtype=np.bool_)
+    scale = np.float32(2.0 ** (_DITHER_BITS - 1) / top)
+    scaled, draws = np.empty((2, min(_BLOCK, vector_M.size)), dtype=np.float32)
+    dither_M = stream.raw(2 * vector_M.size).view(np.int16)  # uniform from -2^15 to 2^15 - 1
+    for start in range(0, vector_M.size, _BLOCK):
+        out = out_M[start : start + _BLOCK]
+        part, draw = scaled[: out.size], draws[: out.size]
+        with np.errstate(over="ignore"):  # infinity is beyond every draw, as it should be
+            np.multiply(vector_M[start : start + _BLOCK], scale, out=part)
+        np.copyto(draw, dither_M[start : start + _BLOCK])
+        np.greater_equal(draw, part, out=out)
+    return out_M

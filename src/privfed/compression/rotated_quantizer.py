@@ -26,13 +26,13 @@ from privfed.compression import (
     no_context,
     renamed,
 )
-from privfed.compression.fixed_point import check_finite
+from privfed.compression.fixed_point import check_finite, norm_of
 from privfed.compression.stochastic_quantizer import (
     StochasticQuantizer,
     StochasticQuantizerConfig,
     stochastic_ring_bits,
 )
-from privfed.hadamard import padded_length, rotate, unrotate
+from privfed.hadamard import padded_length, rotate, rounding, unrotate
 from privfed.rng import PrivateStream
 from privfed.table import Table
 from privfed.types import Encoded, EncodedSum, Float32
@@ -57,8 +57,8 @@ class RotatedQuantizerConfig(Table):
 class RotatedQuantizer(BaseCodec):
     """Quantises the rotated vector; the signs of the rotation are the round's and public.
 
-    ``l2_bound``: the rotation is orthogonal, so it leaves the norm unchanged; rounding it to float32 and quantising it
-    add what they add to any vector of M values (see ``float_slack`` and ``StochasticQuantizer``).
+    ``l2_bound``: the rotation is orthogonal, so it leaves the norm unchanged; computing it in float32 and quantising
+    it add what they add to any vector of M values (see ``privfed.hadamard.rounding`` and ``StochasticQuantizer``).
     """
 
     name = "rotated_quantizer"
@@ -80,7 +80,8 @@ class RotatedQuantizer(BaseCodec):
 
     def l2_bound(self, bound: float, length: int) -> float:
         """Return the bound; see the class."""
-        rotated = float_slack(min(bound, self._config.max_norm * (1 + 2.0**-23)), padded_length(length))
+        within = min(bound, self._config.max_norm * (1 + 2.0**-22))
+        rotated = float_slack(within, padded_length(length), times=rounding(length))
         return self._quantizer(length).l2_bound(rotated, padded_length(length))
 
     def encode(self, vector_D: Float32, stream: PrivateStream) -> Encoded:
@@ -91,11 +92,10 @@ class RotatedQuantizer(BaseCodec):
             ConfigError: If the round's seed is missing.
         """
         check_finite(vector_D)
-        values_D = vector_D.astype(np.float64)
-        norm = float(np.linalg.norm(values_D))
+        norm = norm_of(vector_D)
         if norm > self._config.max_norm:
-            values_D *= self._config.max_norm / norm
-        rotated_M = rotate(values_D, self._seed()).astype(np.float32)
+            vector_D = vector_D * np.float32(self._config.max_norm / norm)
+        rotated_M = rotate(vector_D, self._seed())
         return renamed(self._quantizer(len(vector_D)).encode(rotated_M, stream), self.name, len(vector_D))
 
     def wire(self, length: int) -> Wire:
@@ -109,8 +109,8 @@ class RotatedQuantizer(BaseCodec):
     def expand(
         self, mean_M: NDArray[np.float64], state: CodecState, length: int
     ) -> tuple[NDArray[np.float64], CodecState]:
-        """Return the vector, rotated back [D]."""
-        return unrotate(mean_M, length, self._seed()), state
+        """Return the vector, rotated back in float32 [D]."""
+        return unrotate(mean_M.astype(np.float32), length, self._seed()).astype(np.float64), state
 
     def _quantizer(self, length: int) -> StochasticQuantizer:
         reach = self._config.spread * self._config.max_norm / padded_length(length) ** 0.5

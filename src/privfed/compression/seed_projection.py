@@ -29,7 +29,7 @@ from privfed.compression import (
 )
 from privfed.compression.fixed_point import check_finite
 from privfed.compression.nested import Nested, drawn, seeded_properties
-from privfed.hadamard import padded_length, rotate, unrotate
+from privfed.hadamard import padded_length, rotate, rounding, unrotate
 from privfed.rng import PrivateStream
 from privfed.table import Table
 from privfed.types import Encoded, Float32
@@ -77,7 +77,7 @@ class SeedProjection(Nested):
 
     def l2_bound(self, bound: float, length: int) -> float | None:
         """Return the bound; see the class."""
-        return self.inner_bound(float_slack(bound, self.values(length)), length)
+        return self.inner_bound(float_slack(bound, self.values(length), times=rounding(length)), length)
 
     def encode(self, vector_D: Float32, stream: PrivateStream) -> Encoded:
         """Return the message of K scalars.
@@ -87,7 +87,7 @@ class SeedProjection(Nested):
             ConfigError: If the round's seed is missing.
         """
         check_finite(vector_D)
-        rotated_M = rotate(vector_D.astype(np.float64), self.context().round_seed)
+        rotated_M = rotate(vector_D, self.context().round_seed)
         return self.inner_encode(rotated_M[self._rows(len(vector_D))], len(vector_D), stream)
 
     def expand(
@@ -95,10 +95,10 @@ class SeedProjection(Nested):
     ) -> tuple[NDArray[np.float64], CodecState]:
         """Return the directions times their scalars, added up [D]."""
         values_K = self.inner_expand(mean_M, length)
-        full_M = np.zeros(padded_length(length))
+        full_M = np.zeros(padded_length(length), dtype=np.float32)
         rows_K, runs_K = self._drawn(length)
         full_M[rows_K] = values_K * runs_K if self._config.unbiased else values_K
-        return unrotate(full_M, length, self.context().round_seed), state
+        return unrotate(full_M, length, self.context().round_seed).astype(np.float64), state
 
     def _rows(self, length: int) -> NDArray[np.int64]:
         """Return which K of the M rows: one of each of K equal runs."""

@@ -11,13 +11,20 @@ import numpy as np
 
 from privfed.compression import CodecState, RoundContext
 from privfed.errors import ProtocolError
+from privfed.types import Float32
 
 _TYPES = ("float32", "float64", "int64", "uint8")
 _MAX_NAME = 64
 
 
 def round_context(
-    public: bytes, number: int, *, shapes: tuple[tuple[int, ...], ...], carried: CodecState | None = None
+    public: bytes,
+    number: int,
+    *,
+    shapes: tuple[tuple[int, ...], ...],
+    names: tuple[str, ...] = (),
+    given_D: Float32 | None = None,
+    carried: CodecState | None = None,
 ) -> RoundContext:
     """Return the context of round ``number`` (from 1) of a run.
 
@@ -26,12 +33,16 @@ def round_context(
             configuration; the seeds follow from it, so that both sides compute them and nothing has to be sent.
         number: The round.
         shapes: Shapes of the tensors that are sent in this round, in order.
+        names: Their names.
+        given_D: What clients train from, of these tensors.
         carried: The server's public state.
     """
     return RoundContext(
         run_seed=hashlib.sha256(b"privfed codec, run" + public).digest(),
         round_seed=hashlib.sha256(b"privfed codec, round" + number.to_bytes(8, "little") + public).digest(),
         shapes=shapes,
+        names=names,
+        given_D=given_D,
         carried=carried or {},
     )
 

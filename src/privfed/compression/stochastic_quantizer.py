@@ -17,7 +17,9 @@ from privfed.compression.fixed_point import (
     check_finite,
     largest_step_count,
     least_ring,
+    norm_of,
     scaled_sum,
+    stochastic_signs,
     stochastic_steps,
 )
 from privfed.compression.one_bit import signs, sum_of_signs
@@ -69,6 +71,11 @@ class StochasticQuantizer(BaseCodec):
                 "bits: use fewer bits or a smaller cohort."
             )
 
+    @property
+    def step(self) -> float:
+        """What one integer is worth: ``scale`` of every message."""
+        return float(self._step)
+
     def l2_bound(self, bound: float, length: int) -> float:
         """Return the bound; see the class."""
         longest = float(self._config.max_value * length**0.5)
@@ -111,12 +118,10 @@ class StochasticQuantizer(BaseCodec):
 
     def _one_bit(self, vector_D: Float32, stream: PrivateStream) -> NDArray[np.uint32]:
         """Return signs that are -1 with probability (1 - x / max) / 2."""
-        top = np.float32(self._config.max_value)
-        below_D = (np.clip(vector_D, -top, top) - top) * np.float32(0.5)  # [-max, 0]: rounds to 0 or to one step down
-        return signs(stochastic_steps(below_D, self._step, 1, stream, 1, largest=float(top)), self._ring)
+        return signs(stochastic_signs(vector_D, self._config.max_value, stream), self._ring)
 
     def _within(self, vector_D: Float32) -> Float32:
-        norm = float(np.linalg.norm(vector_D.astype(np.float64)))
+        norm = norm_of(vector_D)
         return vector_D * np.float32(self._config.max_value / norm) if norm > self._config.max_value else vector_D
 
     def _beyond(self, vector_D: Float32, largest: float) -> int:

@@ -48,21 +48,41 @@ class Place:
     phase: str
     round: int
 
-    def context(self, layout: ParamLayout, carried: CodecState | None = None, use: str = "up") -> RoundContext:
+    def context(
+        self,
+        layout: ParamLayout,
+        carried: CodecState | None = None,
+        use: str = "up",
+        given_D: Float32 | None = None,
+    ) -> RoundContext:
         """Return what a codec is told of the round.
 
         Args:
             layout: What is sent.
             carried: The server's public state.
             use: Which of the round's messages it is for; each has seeds of its own.
+            given_D: What clients train from, of what is sent.
         """
         public = "\x1f".join((str(self.seed), self.run_id, self.phase, use)).encode()
-        return round_context(public, self.round, shapes=layout.shapes, carried=carried)
+        return round_context(
+            public, self.round, shapes=layout.shapes, names=layout.names, given_D=given_D, carried=carried
+        )
 
 
-def codec_at(codec: Codec, place: Place, sent: Selection, carried: CodecState) -> Codec:
-    """Return a codec for one round; one that is the same in every round as it is."""
-    return codec.at(place.context(sent.layout, carried)) if codec.properties.needs_context else codec
+def codec_at(codec: Codec, place: Place, sent: Selection, carried: CodecState, start_D: Float32 | None = None) -> Codec:
+    """Return a codec for one round; one that is the same in every round as it is.
+
+    Args:
+        codec: The run's.
+        place: The round.
+        sent: What is sent.
+        carried: The server's public state.
+        start_D: All trained values as clients train from them, as far as they are sent; None where no round began.
+    """
+    if not codec.properties.needs_context:
+        return codec
+    given_M = None if start_D is None else sent.take(start_D)
+    return codec.at(place.context(sent.layout, carried, given_D=given_M))
 
 
 def state_of(states: CodecState, codec: Codec, sent: Selection) -> CodecState:
@@ -102,14 +122,14 @@ def between(codec: Codec, mean_M: NDArray[np.float64], length: int) -> Float32:
     return _two_passes(codec).between(mean_M, length)
 
 
-def second_codec(codec: Codec, told: Float32, length: int) -> Codec:
-    """Return the codec of the second pass, given what the server told between the passes.
+def second_codec(codec: Codec, told: Float32, length: int, first_M: NDArray[np.float64] | None = None) -> Codec:
+    """Return the codec of the second pass, given what the server told between the passes and what the first one was.
 
     Raises:
         ConfigError: If the codec takes one pass.
         ProtocolError: If what was told cannot be.
     """
-    return _two_passes(codec).second(told, length)
+    return _two_passes(codec).second(told, length, first_M)
 
 
 def _two_passes(codec: Codec) -> TwoPass:

@@ -3,10 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from privfed.rng import PrivateStream, experiment_rng
+
+if TYPE_CHECKING:
+    from privfed.federation.client import Holder
+    from privfed.federation.round import Phase
+
+
+def cohort_of(phase: Phase, holder: Holder, taken: Mapping[str, int], number: int) -> tuple[str, ...]:
+    """Return who takes part in a round of a phase.
+
+    Args:
+        phase: The phase.
+        holder: Whose private stream draws the cohort, where it is drawn at random.
+        taken: How often each client was chosen in the phase before this round.
+        number: The round, counted from 1.
+    """
+    names, plan = sorted(phase.clients), phase.plan
+    if phase.central:
+        eligible, probability = phase.central.sampled(names, number)
+        return poisson_cohort(eligible, probability, holder.stream("cohort", plan.name, number))
+    return balanced_cohort(names, taken, plan.cohort_size, seed=phase.seed, phase=plan.name, round_number=number)
+
+
+def with_cohort(taken: Mapping[str, int], cohort: Sequence[str]) -> dict[str, int]:
+    """Return how often each client was chosen, with one more cohort."""
+    return {**taken, **{client: taken.get(client, 0) + 1 for client in cohort}}
 
 
 def balanced_cohort(

@@ -6,7 +6,6 @@ Both collectors add a message on arrival and forget it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -14,31 +13,13 @@ from numpy.typing import NDArray
 
 from privfed.compression import Codec
 from privfed.compression.message import read, to_bytes
-from privfed.errors import ConfigError, ProtocolError, ThresholdError
-from privfed.secagg import ClientSession, Identity, Requirements, ServerSession, SessionParams
+from privfed.errors import ProtocolError, ThresholdError
+from privfed.federation.collected import Collected, Flags
+from privfed.federation.masking import Masking
+from privfed.secagg import ClientSession, Identity, Requirements, ServerSession
 from privfed.types import Encoded, EncodedSum
 
-Flags = NDArray[np.bool_]
-# weights travel as integers of this resolution beside the values, so that their sum is masked too
-WEIGHT_STEPS = 1 << 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Collected:
-    """What a round's exchange gave the server.
-
-    Attributes:
-        single: The encoding of each survivor, where a rule needs them and nothing is masked.
-        weights_T: By tensor, the sum of the weights of the survivors that trained it, where clients train different
-            ones; else None.
-    """
-
-    total: EncodedSum | None
-    survivors: tuple[str, ...]
-    bytes_up: int
-    bytes_down: int
-    single: tuple[EncodedSum, ...] = ()
-    weights_T: NDArray[np.float64] | None = field(default=None, repr=False)
+__all__ = ["Collected", "Flags", "Link", "MaskedLink", "PlainLink"]
 
 
 class Link(Protocol):
@@ -102,8 +83,7 @@ class PlainLink:
 
     def send(self, client_id: str, encoded: Encoded, weight: float, trained_T: Flags | None = None) -> None:
         """Serialise on the client's side, count the bytes, add on the server's."""
-        trained = b"" if trained_T is None else np.packbits(trained_T).tobytes()
-        self._receive(to_bytes(encoded, client_id=client_id, weight=weight, trained=trained))
+        self.receive(plain_message(client_id, encoded, weight, trained_T))
 
     @property
     def sent(self) -> tuple[str, ...]:
@@ -134,9 +114,24 @@ class PlainLink:
             total_weight=weight,
         )
 
-    def _receive(self, message: bytes) -> None:
+    def receive(self, message: bytes, expected: tuple[str, float] | None = None) -> None:
+        """Add one client's message.
+
+        Args:
+            message: As :func:`plain_message` makes it.
+            expected: Who sent it and with what weight, where the server knows that from elsewhere.
+
+        Raises:
+            ProtocolError: If it is malformed, is the client's second one, or is not what was expected.
+        """
         self._bytes += len(message)
         got = read(message, length=self._length, codec=self._codec)
+        if expected not in (None, (got.client_id, got.weight)):
+            raise ProtocolError(
+                f"Got {got.client_id} with weight {got.weight:g}, expected (client, weight) {expected}."
+            )
+        if got.client_id in self._survivors:
+            raise ProtocolError(f"{got.client_id} sent a second message; the first stands.")
         trained_T = self._trained(got.client_id, got.trained)
         if self._sum is None:
             self._sum, self._scale = got.values.copy(), got.scale
@@ -161,6 +156,12 @@ class PlainLink:
                 f"{client_id} sent {len(packed)} bytes that say which tensors it trained, expected {-(-count // 8)}."
             )
         return np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=count).astype(bool)
+
+
+def plain_message(client_id: str, encoded: Encoded, weight: float, trained_T: Flags | None = None) -> bytes:
+    """Return one client's message where nothing is masked; the arguments are those of ``Link.send``."""
+    trained = b"" if trained_T is None else np.packbits(trained_T).tobytes()
+    return to_bytes(encoded, client_id=client_id, weight=weight, trained=trained)
 
 
 class MaskedLink:
@@ -198,22 +199,19 @@ class MaskedLink:
         values: int | None = None,
         tensors: int = 0,
     ) -> None:
-        self._weights = tensors or int(weighted)
-        steps = WEIGHT_STEPS if weighted else 1
-        self._digits = _WeightDigits(len(identities), ring_bits, steps) if self._weights else None
-        self._tensors = tensors
-        self._values = length if values is None else values
-        params = SessionParams.plan(
-            {client: identity.public for client, identity in identities.items()},
-            requirements,
-            round_id=round_id,
-            config_digest=config_digest,
-            length=self._values + (self._weights * self._digits.count if self._digits else 0),
+        self._masking = Masking(
+            clients=len(identities),
             ring_bits=ring_bits,
+            codec=codec,
+            length=length,
+            values=length if values is None else values,
+            weighted=weighted,
+            tensors=tensors,
         )
+        roster = {client: identity.public for client, identity in identities.items()}
+        params = self._masking.params(roster, requirements, round_id=round_id, config_digest=config_digest)
         self._server = ServerSession(params)
         self._clients = {client: ClientSession(params, client, one) for client, one in identities.items()}
-        self._codec, self._length = codec, length
         self._shares: dict[str, bytes] = {}
         self._sent: list[str] = []
         self._scale = 1.0
@@ -235,12 +233,7 @@ class MaskedLink:
         Raises:
             ProtocolError: If ``trained_T`` is not of as many tensors as the link was made for.
         """
-        if (0 if trained_T is None else len(trained_T)) != self._tensors:
-            raise ProtocolError(f"Got which tensors were trained as {trained_T!r}, expected {self._tensors} of them.")
-        values_M = encoded.values_M.astype(np.uint32, copy=False)
-        if self._digits:
-            weights = weight * (np.ones(1) if trained_T is None else trained_T)
-            values_M = np.concatenate([values_M, *map(self._digits.split, weights)])
+        values_M = self._masking.vector(encoded, weight, trained_T)
         self._scale = encoded.scale
         message = self._clients[client_id].masked_input(self._shares[client_id], values_M)
         self._server.receive_masked(self._counted(message))
@@ -266,21 +259,7 @@ class MaskedLink:
         if not self._sent:
             raise ThresholdError("No client sent a masked vector; there is nothing to unmask.")
         sum_M, names = self._server.sum()
-        weight, weights_T = float(len(names)), None
-        if self._digits:
-            sums = np.split(sum_M[self._values :], self._weights)
-            found = np.array([self._digits.join(each) for each in sums])
-            sum_M = sum_M[: self._values]
-            weight, weights_T = (weight, found) if self._tensors else (float(found[0]), None)
-        total = EncodedSum(
-            sum_M=sum_M.astype(np.uint64),
-            codec=self._codec,
-            scale=self._scale,
-            length=self._length,
-            survivors=len(names),
-            total_weight=weight,
-        )
-        return Collected(total=total, survivors=names, bytes_up=self._up, bytes_down=self._down, weights_T=weights_T)
+        return self._masking.collected(sum_M, names, scale=self._scale, bytes_up=self._up, bytes_down=self._down)
 
     def _counted(self, message: bytes) -> bytes:
         self._up += len(message)
@@ -289,40 +268,3 @@ class MaskedLink:
     def _fetched(self, message: bytes) -> bytes:
         self._down += len(message)
         return message
-
-
-def weight_values(clients: int, ring_bits: int) -> int:
-    """Return how many values of the ring a masked weight takes.
-
-    Raises:
-        ConfigError: If the ring is too small for the weights of so many clients.
-    """
-    return _WeightDigits(clients, ring_bits, WEIGHT_STEPS).count
-
-
-class _WeightDigits:
-    """A weight as values of the ring: digits so short that those of all clients add up without wrapping.
-
-    Args:
-        clients: At most so many weights are added.
-        ring_bits: Size of the ring.
-        steps: A weight of at most 1 is a multiple of 1 / steps; 1 for weights that only say whether a client counts.
-    """
-
-    def __init__(self, clients: int, ring_bits: int, steps: int) -> None:
-        self._steps = steps
-        self._bits = ring_bits - clients.bit_length()
-        if self._bits < 1:
-            raise ConfigError(
-                f"A ring of {ring_bits} bits cannot sum the weights of {clients} clients: raise ring_bits."
-            )
-        self.count = -(-steps.bit_length() // self._bits)
-
-    def split(self, weight: float) -> NDArray[np.uint32]:
-        """Return a weight of at most 1 as digits, the lowest first."""
-        steps, low = round(weight * self._steps), (1 << self._bits) - 1
-        return np.array([steps >> (place * self._bits) & low for place in range(self.count)], dtype=np.uint32)
-
-    def join(self, sums: NDArray[np.uint32]) -> float:
-        """Return the sum of the weights from the sums of their digits."""
-        return sum(int(digit) << (place * self._bits) for place, digit in enumerate(sums)) / self._steps

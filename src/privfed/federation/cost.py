@@ -9,7 +9,7 @@ from privfed.compression import Ring, plugin_of
 from privfed.compression.state import round_context
 from privfed.config import RunConfig
 from privfed.errors import ConfigError
-from privfed.federation.collect import weight_values
+from privfed.federation.masking import weight_values
 from privfed.federation.phases import TRAIN
 from privfed.secagg.cost import Groups, Work, grouped
 

@@ -5,10 +5,10 @@ sum, and the update is made of the second sum over *its* survivors.
 
 * Without masking a client that drops between the passes is missing from the second sum alone. What was made public
   between them still holds its share: a direction, of which the rest make the best they can.
-* Under masking all of them have to answer, or the round is lost. From two sums over different survivors the server
-  could compute a projection of the missing clients' updates alone (for PowerSGD P^T X Q, r x r values a matrix), and
-  that may be one client. Each client's session refuses a sum over fewer. That the second sum's roster is the survivors
-  it signed in the first is so by construction here; in a deployment every client has to compare the two.
+* Under masking some may drop as well, for the second sum says nothing that the first one did (the codec sees to that:
+  ``privfed.compression.powersgd``). Each sum hides a client among its own survivors, of which each has to have as many
+  as [secagg] demands; with too few the round is lost. That the second sum's roster is the survivors it signed in the
+  first is so by construction here; in a deployment every client has to compare the two.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from privfed.compression import Codec
-from privfed.errors import BudgetExceededError, ConfigError, LedgerError, ThresholdError
+from privfed.errors import BudgetExceededError, ConfigError, LedgerError, SecAggError, ThresholdError
 from privfed.federation import ranks
 from privfed.federation.client import Answer, Client, Holder
-from privfed.federation.collect import Collected, Link, MaskedLink, PlainLink
+from privfed.federation.collect import Collected, Flags, Link, MaskedLink, PlainLink
 from privfed.federation.layers import OTHERS, Layers
+from privfed.federation.masking import Masking
 from privfed.federation.meter import Meter
 from privfed.federation.progress import Progress
-from privfed.federation.sharing import Selection
 from privfed.federation.state import ServerState
 from privfed.secagg import Requirements
 
@@ -48,6 +48,7 @@ class Exchange:
         broadcast: What every client is sent.
         held: Answers of the first pass, at the clients, until the second one.
         corrupt: How many of the cohort may be corrupt.
+        saturated: How many values clients cut to the codec's range; None where they do not say.
     """
 
     phase: Phase
@@ -59,7 +60,7 @@ class Exchange:
     dropped: list[tuple[str, str]] = field(default_factory=list)
     held: dict[str, Answer] = field(default_factory=dict, repr=False)
     corrupt: int = 0
-    saturated: int = 0
+    saturated: int | None = 0
     train_seconds: float = 0.0
     link_seconds: float = 0.0
 
@@ -82,13 +83,23 @@ class Exchange:
                 raise ConfigError(f"The first answer of {client.shard.client_id} was its last.")
             return answer.go_on(interim)
 
-        everyone = self.phase.requirements
-        if self.phase.masked and len(heard) > 1:
-            # all of the cohort's corrupt clients may be among those who were heard
-            corrupt = min(self.corrupt, len(heard) - 1) / len(heard)
-            everyone = replace(everyone, dropped=0.0, n_min=len(heard), corrupt=corrupt)
-        collected, lost = self._heard(heard, codec, everyone, go_on)
+        collected, lost = self._heard(heard, codec, self._of_the_rest(len(heard)), go_on)
         return replace(collected, bytes_down=collected.bytes_down + len(interim) * len(heard)), lost
+
+    def _of_the_rest(self, heard: int) -> Requirements:
+        """Return what the second sum has to stand: as many may drop of those who were heard as the shares allow.
+
+        All of the cohort's corrupt clients may be among those who were heard.
+        """
+        wanted = self.phase.requirements
+        if not self.phase.masked or heard < 2:
+            return wanted
+        corrupt, dropped = min(self.corrupt, heard - 1) / heard, wanted.dropped
+        if wanted.n_min is not None:
+            dropped = min(dropped, (heard - wanted.n_min) / heard)
+        if 2 * dropped + corrupt >= 1:  # too few for anybody else to drop
+            return replace(wanted, dropped=0.0, n_min=heard, corrupt=corrupt)
+        return replace(wanted, dropped=dropped, corrupt=corrupt)
 
     def _heard(
         self, cohort: Sequence[str], codec: Codec, requirements: Requirements, ask: Callable[[Client], Answer]
@@ -96,71 +107,68 @@ class Exchange:
         phase = self.phase
         if not cohort or (phase.masked and not requirements.met_by(len(cohort))):
             return NOTHING, None if phase.central else f"a masked sum over {len(cohort)} clients cannot meet [secagg]"
-        if (refusal := self._laid_bare(cohort)) is not None:  # before anybody trains, and pays for it
+        refusal = laid_bare(phase, self.round, cohort, self.corrupt)  # before anybody trains, and pays for it
+        if refusal is not None:
             return NOTHING, refusal
         try:
             link = self._link(cohort, codec, requirements)
-        except ConfigError as error:  # such as weights that so small a ring cannot sum
+            with timed(self):
+                link.open()
+        except (ConfigError, ThresholdError) as error:  # such as weights that so small a ring cannot sum
             return NOTHING, str(error)
-        with _timed(self):
-            link.open()
-        for client_id in cohort:
-            self._serve(link, phase.clients[client_id], ask)
+        self._serve_all(link, cohort, ask)
         if phase.shares is not None:
             refusal = phase.shares.refusal(link.sent, self.broadcast, self.round, self.holder)
             if refusal is not None:
                 return NOTHING, refusal
-        if (refusal := self._laid_bare(link.sent)) is not None:
+        if (refusal := laid_bare(phase, self.round, link.sent, self.corrupt)) is not None:
             return NOTHING, refusal
         try:
-            with _timed(self):
+            with timed(self):
                 collected = link.close()
-        except ThresholdError as error:
+        except SecAggError as error:  # too few, or shares that give no secret: nothing was unmasked
             return NOTHING, str(error)
         if collected.total is None and phase.central is None:
             return collected, "no client survived"
         return collected, None
 
     def _link(self, cohort: Sequence[str], codec: Codec, requirements: Requirements) -> Link:
-        phase, length = self.phase, self.phase.message_size(self.round)
-        tensors = len(self._sent.names) if self._counted else 0
+        phase = self.phase
         if not phase.masked:
-            record = phase.recorder.message if phase.recorder else None
-            keep = phase.sharing.rule.needs_individual
-            return PlainLink(codec, length, keep=keep, tensors=tensors, record=record)
+            return self._plain_link(codec)
         # a fresh nonce: keys of a round that a crash cut short never meet those of its repetition
         label = f"{self.holder.run_id}/{phase.plan.name}/{self.round}/{time.time_ns()}"
+        masking = masking_of(phase, self.round, len(cohort), values_of(phase, codec, self.round))
         return MaskedLink(
             {client: phase.identities[client] for client in cohort},
             requirements=requirements,
             round_id=hashlib.sha256(label.encode()).digest(),
             config_digest=bytes.fromhex(phase.config_digest),
-            codec=phase.codec_name,
-            length=length,
-            values=length if phase.shares is not None else codec.sum_length(length),
-            weighted=phase.weighted,
-            ring_bits=phase.ring_bits,
-            tensors=tensors,
+            codec=masking.codec,
+            length=masking.length,
+            values=masking.values,
+            weighted=masking.weighted,
+            ring_bits=masking.ring_bits,
+            tensors=masking.tensors,
         )
 
-    @property
-    def _sent(self) -> Selection:
-        return self.phase.sharing.part(self.round).sent
+    def _serve_all(self, link: Link, cohort: Sequence[str], ask: Callable[[Client], Answer]) -> None:
+        """Let the cohort's clients send."""
+        for client_id in cohort:
+            self._serve(link, self.phase.clients[client_id], ask)
 
-    @property
-    def _counted(self) -> Layers | None:
-        """Who trains what, where the sum says by how many each tensor was trained; None where it must not."""
-        return None if self.phase.central else self.phase.layers
+    def extra_seconds(self) -> dict[str, float]:
+        """Return what else there is to say of where time went."""
+        return {}
 
-    def _laid_bare(self, clients: Sequence[str]) -> str | None:
-        """Return why these clients let no masked sum of theirs be unmasked, if they do not."""
-        phase, least = self.phase, self.corrupt + OTHERS
-        if not phase.masked:
-            return None
-        if phase.layers is not None:
-            return phase.layers.refusal(clients, self._sent, least)
-        return (
-            ranks.refusal((phase.clients[client].support for client in clients), least) if phase.server.ranks else None
+    def _plain_link(self, codec: Codec) -> PlainLink:
+        phase = self.phase
+        return PlainLink(
+            codec,
+            phase.message_size(self.round),
+            keep=phase.sharing.rule.needs_individual,
+            tensors=counted_tensors(phase, self.round),
+            record=phase.recorder.message if phase.recorder else None,
         )
 
     def _respond(self, client: Client) -> Answer:
@@ -177,10 +185,9 @@ class Exchange:
         client_id = client.shard.client_id
         try:
             answer = ask(client)
-            with _timed(self):
-                trained_T = self._counted.trained(client_id, self._sent) if self._counted else None
-                link.send(client_id, answer.encoded, client.weight, trained_T)
-            self.saturated += answer.encoded.saturated
+            with timed(self):
+                link.send(client_id, answer.encoded, client.weight, trained_by(self.phase, client_id, self.round))
+            self.saturated = (self.saturated or 0) + answer.encoded.saturated
             if answer.go_on is not None:
                 self.held[client_id] = answer
                 return
@@ -197,7 +204,7 @@ class Exchange:
         self.progress.client_done(client_id)
 
 
-class _timed:  # noqa: N801
+class timed:  # noqa: N801
     """Add the body's time to the exchange's link seconds."""
 
     def __init__(self, exchange: Exchange) -> None:
@@ -208,3 +215,71 @@ class _timed:  # noqa: N801
 
     def __exit__(self, *_exc: object) -> None:
         self._exchange.link_seconds += time.perf_counter() - self._started
+
+
+def laid_bare(phase: Phase, number: int, clients: Sequence[str], corrupt: int) -> str | None:
+    """Return why these clients let no masked sum of theirs be unmasked, if they do not.
+
+    Args:
+        phase: The phase.
+        number: The round.
+        clients: Whose sum it would be.
+        corrupt: How many of the round's cohort may be corrupt.
+    """
+    least = corrupt + OTHERS
+    if not phase.masked:
+        return None
+    if phase.layers is not None:
+        return phase.layers.refusal(clients, phase.sharing.part(number).sent, least)
+    if phase.server.ranks:
+        return ranks.refusal((phase.clients[client].support for client in clients), least)
+    return None
+
+
+def counted(phase: Phase) -> Layers | None:
+    """Return who trains what, where the sum says by how many each tensor was trained; None where it must not."""
+    return None if phase.central else phase.layers
+
+
+def counted_tensors(phase: Phase, number: int) -> int:
+    """Return of how many tensors a message of a round says whether its client trained them."""
+    return len(phase.sharing.part(number).sent.names) if counted(phase) else 0
+
+
+def trained_by(phase: Phase, client_id: str, number: int) -> Flags | None:
+    """Return what a client's message of a round says of what it trained [T], where it says anything."""
+    layers = counted(phase)
+    return layers.trained(client_id, phase.sharing.part(number).sent) if layers else None
+
+
+def values_of(phase: Phase, codec: Codec, number: int) -> int:
+    """Return how many encoded values a masked message of a round holds, by the codec of the round or of its pass."""
+    length = phase.message_size(number)
+    return length if phase.shares is not None else codec.sum_length(length)
+
+
+def masking_of(phase: Phase, number: int, clients: int, values: int) -> Masking:
+    """Return what the masked messages of a round hold.
+
+    Args:
+        phase: The phase.
+        number: The round.
+        clients: How many take part.
+        values: As :func:`values_of` says.
+
+    Raises:
+        ConfigError: If the ring cannot sum the weights of so many.
+    """
+    return Masking(
+        clients=clients,
+        ring_bits=phase.ring_bits,
+        codec=phase.codec_name,
+        length=phase.message_size(number),
+        values=values,
+        weighted=phase.weighted,
+        tensors=counted_tensors(phase, number),
+    )
+
+
+Connect = Callable[..., Exchange]
+"""Makes the exchange of a round from the arguments of :class:`Exchange`: how its messages travel."""

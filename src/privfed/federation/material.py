@@ -5,29 +5,41 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from privfed.config import RunConfig
-from privfed.data import Dataset, check_shards, load_dataset, partition, single_class_clients
+from privfed.data import Dataset, check_shards, partition, single_class_clients
 from privfed.errors import ConfigError, DataError
 from privfed.federation.phases import phase_plans, phases
+from privfed.federation.shared import NOTHING, SharedWork
 from privfed.models import resolve
 from privfed.privacy.plan import PhasePlan, Plan, make_plan
 from privfed.rules import check_cohort
 from privfed.tuning import check as check_tuning
 from privfed.types import Shard
 
+if TYPE_CHECKING:
+    from privfed.federation.canaries import Canaries
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """Data and their division, before any model is loaded."""
+    """Data and their division, before any model is loaded.
+
+    Attributes:
+        canaries: What was planted for an audit, or None.
+        simulated: Whether the clients are played by this process, so that figures of theirs can be shown.
+    """
 
     dataset: Dataset
     shards: tuple[Shard, ...]
     partition_digest: str
     notes: tuple[str, ...]
+    canaries: Canaries | None = None
+    simulated: bool = True
 
 
 def check_before_data(config: RunConfig) -> None:
@@ -59,14 +71,14 @@ def check_before_data(config: RunConfig) -> None:
         raise ConfigError('head_warm_start with tuning.name = "head" trains the head twice: leave one of them out.')
 
 
-def gather(config: RunConfig) -> Material:
-    """Load the data and divide it over clients.
+def gather(config: RunConfig, shared: SharedWork = NOTHING) -> Material:
+    """Load the data and divide it over clients; ``shared`` may have the data already.
 
     Raises:
         DataError: If the data cannot be used as described, or a shard is too small for the batch.
         ConfigError: If the partition cannot be had.
     """
-    dataset = load_dataset(config.data, seed=config.seed, task=config.model.task)
+    dataset = shared.dataset(config)
     shards = partition(dataset.train, config.partition, seed=config.seed)
     check_shards(shards, dataset.train, min_size=1)
     notes = list(dataset.notes)
@@ -74,6 +86,29 @@ def gather(config: RunConfig) -> Material:
     single = () if labels is None else single_class_clients(shards, labels)
     if single:
         notes.append(f"{len(single)} clients hold a single class: {', '.join(single[:5])}")
+    return divided(config, Material(dataset=dataset, shards=(), partition_digest="", notes=tuple(notes)), shards)
+
+
+def divided(config: RunConfig, material: Material, shards: tuple[Shard, ...]) -> Material:
+    """Return the material under this division.
+
+    Raises:
+        DataError: If a shard is too small for the batch.
+        ConfigError: If there are too few clients.
+    """
+    found = replace(material, shards=shards, partition_digest=_partition_digest(shards))
+    check_material(config, found)
+    return found
+
+
+def check_material(config: RunConfig, material: Material) -> None:
+    """Refuse a division that the configuration cannot work with.
+
+    Raises:
+        ConfigError: If the cohort or the masks do not fit the number of clients.
+        DataError: If a shard is too small for the batch.
+    """
+    shards = material.shards
     cohort = config.server.cohort_size
     if cohort is not None and cohort > len(shards):
         raise ConfigError(f"server.cohort_size = {cohort}, but the partition has {len(shards)} clients: lower it.")
@@ -81,7 +116,6 @@ def gather(config: RunConfig) -> Material:
     if config.secagg.name == "masked" and len(shards) < 2:
         raise ConfigError('A masked sum needs two clients and the partition has one: set secagg.name = "none".')
     _check_batches(config, shards)
-    return Material(dataset=dataset, shards=shards, partition_digest=_partition_digest(shards), notes=tuple(notes))
 
 
 def plans(config: RunConfig, material: Material, lengths: Mapping[str, int] | None = None) -> list[PhasePlan]:
@@ -102,7 +136,7 @@ def plan_privacy(config: RunConfig, material: Material, lengths: Mapping[str, in
     """
     if not config.privacy.on:
         return None
-    units = len(material.dataset.train) if config.privacy.unit == "example" else len(material.shards)
+    units = sum(map(len, material.shards)) if config.privacy.unit == "example" else len(material.shards)
     if config.privacy.target_delta >= 1 / units:
         warnings.warn(
             f"privacy.target_delta = {config.privacy.target_delta:g} is not below 1 / {units} {config.privacy.unit}s: "

@@ -26,10 +26,10 @@ from privfed.federation.codecs import (
     state_of,
     with_state,
 )
-from privfed.federation.cohort import balanced_cohort, poisson_cohort
+from privfed.federation.cohort import cohort_of, with_cohort
 from privfed.federation.collect import Collected
 from privfed.federation.distributed import Shares
-from privfed.federation.exchange import Exchange
+from privfed.federation.exchange import Connect, Exchange
 from privfed.federation.layers import Layers, moving, over_trained
 from privfed.federation.messages import Broadcast, Interim
 from privfed.federation.meter import Meter, MeterReading
@@ -120,8 +120,12 @@ class RoundReport:
     terms: Terms
 
 
-def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progress) -> tuple[ServerState, RoundReport]:
+def run_round(
+    state: ServerState, phase: Phase, holder: Holder, progress: Progress, connect: Connect = Exchange
+) -> tuple[ServerState, RoundReport]:
     """Return the state after the next round and what happened in it.
+
+    ``connect`` makes the path that the round's messages take; the rest is the same for every engine.
 
     A client that raises, passes its deadline or returns NaN costs the round only itself. A round that fewer than
     the threshold survive is lost: parameters stay as they are.
@@ -131,14 +135,14 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
     """
     started = time.perf_counter()
     number = state.round + 1
-    cohort = _cohort(state, phase, holder)
+    cohort = cohort_of(phase, holder, state.taken, number)
     progress.round_started(phase.plan.name, number, phase.plan.rounds, len(cohort))
     place = Place(seed=phase.seed, run_id=holder.run_id, phase=phase.plan.name, round=number)
     broadcast, given = _broadcast(state, phase, place)
     sent = broadcast.to_bytes()
     if phase.recorder:
         phase.recorder.opened(number, sent, phase.sharing.shared.take(given.params_D) if phase.downlink else None)
-    exchange = Exchange(
+    exchange = connect(
         phase=phase,
         holder=holder,
         progress=progress,
@@ -146,7 +150,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
         broadcast=sent,
         meter=phase.meter() if phase.meter else None,
     )
-    codec = codec_at(phase.codec, place, phase.sharing.part(number).sent, broadcast.codec)
+    codec = codec_at(phase.codec, place, phase.sharing.part(number).sent, broadcast.codec, given.params_D)
     done = _combined(_gathered(exchange, cohort, codec), phase)
     after = _advance(replace(state, mechanism=done.memory), given, done, phase)
     if phase.recorder:
@@ -158,8 +162,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
             lost=done.lost,
         )
     if phase.central is None:  # whom Poisson sampling chose is nobody's business, and nothing depends on it
-        taken = {**state.taken, **{client: state.taken.get(client, 0) + 1 for client in cohort}}
-        after = replace(after, taken=taken)
+        after = replace(after, taken=with_cohort(state.taken, cohort))
     report = RoundReport(
         phase=phase.plan.name,
         round=number,
@@ -171,6 +174,7 @@ def run_round(state: ServerState, phase: Phase, holder: Holder, progress: Progre
             "total": time.perf_counter() - started,
             "train": exchange.train_seconds,
             "secagg": exchange.link_seconds,
+            **exchange.extra_seconds(),
         },
         bytes_up=done.collected.bytes_up,
         bytes_down=done.collected.bytes_down + len(sent) * len(cohort),
@@ -205,16 +209,6 @@ def _broadcast(state: ServerState, phase: Phase, place: Place) -> tuple[Broadcas
     return broadcast, given
 
 
-def _cohort(state: ServerState, phase: Phase, holder: Holder) -> tuple[str, ...]:
-    names = sorted(phase.clients)
-    plan = phase.plan
-    number = state.round + 1
-    if phase.central:
-        eligible, probability = phase.central.sampled(names, number)
-        return poisson_cohort(eligible, probability, holder.stream("cohort", plan.name, number))
-    return balanced_cohort(names, state.taken, plan.cohort_size, seed=phase.seed, phase=plan.name, round_number=number)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Done:
     """A round after its last exchange.
@@ -245,7 +239,7 @@ def _gathered(exchange: Exchange, cohort: Sequence[str], codec: Codec) -> _Done:
     release = _release(exchange, codec, collected, lost, state.mechanism)
     if codec.properties.second_pass and release.mean_D is not None:
         told = Interim(phase=phase.plan.name, round=number, values=between(codec, release.mean_D, length))
-        codec, interim = second_codec(codec, told.values, length), told.to_bytes()
+        codec, interim = second_codec(codec, told.values, length, release.mean_D), told.to_bytes()
         again, lost = exchange.second(collected.survivors, codec, interim)
         release = _release(exchange, codec, again, lost, release.memory, interim)
         collected = replace(

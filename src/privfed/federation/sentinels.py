@@ -3,7 +3,8 @@
 * no example's loss or gradient depends on the others of its batch, nor on chance;
 * every trained tensor gets a per-example gradient, equal to one-at-a-time autograd, on a probe batch;
 * frozen weights are the same before and after training, by hash;
-* every trained tensor that has a gradient has moved.
+* every trained tensor that has a gradient has moved, in some round: one that moves by steps of one size, as the two
+  values of a bias under a codec of signs, may well end where it began.
 
 Shape suffixes: B examples of the probe, D trained values.
 """
@@ -96,33 +97,56 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def check_moved(
-    layout: ParamLayout, start_D: Float32, end_D: Float32, vanishing: Collection[str], *, dense: bool = True
-) -> str:
-    """Return a sentence for the receipt if every trained tensor with a gradient moved.
+class Moves:
+    """Which trained tensors were ever elsewhere than at their start.
 
     Args:
         layout: The trained tensors.
         start_D: Their values before training.
-        end_D: Their values after it.
+    """
+
+    def __init__(self, layout: ParamLayout, start_D: Float32) -> None:
+        ends = np.cumsum(layout.sizes)
+        self._still = {
+            name: slice(int(end - size), int(end))
+            for name, end, size in zip(layout.names, ends, layout.sizes, strict=True)
+        }
+        self._start_D = start_D
+        self._moved: set[str] = set()
+
+    def saw(self, params_D: Float32) -> None:
+        """Compare the values after a round with the start."""
+        gone = [name for name, at in self._still.items() if not np.array_equal(self._start_D[at], params_D[at])]
+        self._moved.update(gone)
+        for name in gone:
+            del self._still[name]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors that moved."""
+        return frozenset(self._moved)
+
+
+def check_moved(layout: ParamLayout, moved: Collection[str], vanishing: Collection[str], *, dense: bool = True) -> str:
+    """Return a sentence for the receipt if every trained tensor with a gradient moved.
+
+    Args:
+        layout: The trained tensors.
+        moved: Names of those that were ever elsewhere than at their start.
         vanishing: Names of those that need not move.
         dense: Whether all values of updates are sent; where some are left out, one moved tensor has to do.
 
     Raises:
         SentinelError: Naming the tensors that did not.
     """
-    ends = np.cumsum(layout.sizes)
-    still = [
-        name
-        for name, end, size in zip(layout.names, ends, layout.sizes, strict=True)
-        if name not in vanishing and np.array_equal(start_D[end - size : end], end_D[end - size : end])
-    ]
+    still = [name for name in layout.names if name not in vanishing and name not in moved]
     moving = len(layout.names) - len(vanishing)
     if still and (dense or len(still) == moving):
         raise SentinelError(f"Training did not move {', '.join(still[:5])}: nothing is released; check the tuning.")
     if not dense:
-        moved = moving - len(still)
-        return f"{moved} of {moving} trained tensors with a gradient moved, as clients send some values only"
+        return (
+            f"{moving - len(still)} of {moving} trained tensors with a gradient moved, as clients send some values only"
+        )
     return f"all {moving} trained tensors with a gradient moved"
 
 

@@ -102,7 +102,7 @@ def make_stages(
         phase = _phase(config, material, phase_plan, server, sharing, trainer, plan, holder, own)
         if transcript is not None:
             phase = replace(phase, recorder=_recorder(config, phase, transcript, plan, holder))
-        fairness = _fairness(config, material) if name == TRAIN else None
+        fairness = _fairness(config, material) if name == TRAIN and material.simulated else None
         stages[name] = Stage(module=module, train=train, test=test, trainer=trainer, phase=phase, fairness=fairness)
     return stages
 

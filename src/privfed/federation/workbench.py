@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -10,15 +10,18 @@ from torch import nn
 from privfed.config import RunConfig
 from privfed.data import AnySplit
 from privfed.errors import ModelError
+from privfed.federation.canaries import Canaries
 from privfed.federation.material import Material
 from privfed.federation.phases import TRAIN, WARM_START, phases
-from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples, head_features
-from privfed.models.loading import LoadedModel, load_model
+from privfed.federation.planted import GivenGradients, PlantedExamples, given_gradients
+from privfed.federation.shared import NOTHING, SharedWork
+from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples
+from privfed.models.loading import LoadedModel
 from privfed.models.prefix import attach, find_prefix
-from privfed.models.tasks import build_examples
-from privfed.rng import experiment_seed
+from privfed.rng import experiment_rng, experiment_seed
 from privfed.tuning import TUNINGS, TunedModel
 from privfed.tuning.layout import layout_of
+from privfed.types import ParamLayout
 
 if TYPE_CHECKING:
     from privfed.federation.progress import Progress
@@ -29,44 +32,80 @@ _NO_HEAD = " "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workbench:
-    """Model and examples, ready to train."""
+    """Model and examples, ready to train.
+
+    Attributes:
+        planted: The training examples with canaries of given gradients behind them; None without such canaries.
+    """
 
     loaded: LoadedModel
     tuned: TunedModel
     train: ModelExamples
     test: ModelExamples
+    planted: PlantedExamples | None = None
+    shared: SharedWork = NOTHING
 
 
-def build(config: RunConfig, material: Material, progress: Progress) -> Workbench:
+def build(config: RunConfig, material: Material, progress: Progress, shared: SharedWork = NOTHING) -> Workbench:
     """Load the model, apply the tuning, make the examples.
+
+    Args:
+        config: The run.
+        material: Its data.
+        progress: Told what takes long.
+        shared: What other runs have computed already.
 
     Raises:
         ModelError: If the model or the tuning does not fit.
     """
-    loaded, tuned = load_tuned(config, material)
+    loaded, tuned = load_tuned(config, material, shared)
 
     def examples(split: AnySplit) -> ModelExamples:
-        return build_examples(split, material.dataset.kind, loaded, config.model)
+        found: ModelExamples = shared.examples(split, material.dataset.kind, loaded, config.model)
+        return found
 
     bench = Workbench(
         loaded=loaded,
         tuned=tuned,
         train=examples(material.dataset.train),
         test=examples(material.dataset.test),
+        shared=shared,
     )
     if config.model.dropout == 0.0 and not config.model.gradient_checkpointing:  # which is to save memory, not time
         _cache_frozen(bench, config.model.cache_frozen_gib, progress)
-    return bench
+    if material.canaries is None or material.canaries.loss == "model":
+        return bench
+    return replace(bench, planted=planted(config, bench, material.canaries))
 
 
-def load_tuned(config: RunConfig, material: Material) -> tuple[LoadedModel, TunedModel]:
+def planted(config: RunConfig, bench: Workbench, canaries: Canaries) -> PlantedExamples:
+    """Return the training examples with the canaries' given gradients.
+
+    Raises:
+        ModelError: If there are more canaries than values for them.
+    """
+    gradients = given_of(config, layout_of(bench.tuned.model), canaries)
+    return PlantedExamples(bench.train, int(canaries.rows_M[0]), gradients)
+
+
+def given_of(config: RunConfig, layout: ParamLayout, canaries: Canaries) -> GivenGradients:
+    """Return the gradients that a run's canaries are given; they follow from its seed, and are no secret.
+
+    Raises:
+        ModelError: If there are more canaries than values for them.
+    """
+    rng = experiment_rng(config.seed, "canaries", "values")
+    return given_gradients(layout, len(canaries), config.privacy.l2_clip_norm, rng)
+
+
+def load_tuned(config: RunConfig, material: Material, shared: SharedWork = NOTHING) -> tuple[LoadedModel, TunedModel]:
     """Load the model and apply the tuning.
 
     Raises:
         ModelError: If the model or the tuning does not fit.
     """
     seed = experiment_seed(config.seed, "init") % (1 << 31)
-    loaded = load_model(config.model, label_names=material.dataset.label_names, seed=seed)
+    loaded: LoadedModel = shared.model(config.model, material.dataset.label_names, seed)
     tuning = TUNINGS.get(str(getattr(config.tuning, "name", None)))
     return loaded, tuning.apply(loaded, config.tuning, seed)
 
@@ -95,7 +134,7 @@ def trained_module(
     only_head = getattr(config.tuning, "name", "") == "head"
     place: str | None = bench.tuned.head
     if name == TRAIN and not only_head:
-        return bench.tuned.model, bench.train, bench.test, place
+        return bench.tuned.model, bench.planted or bench.train, bench.test, place
     if place is None:
         raise ModelError(
             "head_warm_start trains the task's head first, and a causal language model has none of its own: "
@@ -103,13 +142,20 @@ def trained_module(
         )
     train, test = _features(bench, progress)
     if train is not None and test is not None:
-        return trained_head(bench.tuned), train, test, ""
+        return trained_head(bench.tuned), _with_planted(train, bench), test, ""
     if only_head:
-        return bench.tuned.model, bench.train, bench.test, place
+        return bench.tuned.model, bench.planted or bench.train, bench.test, place
     raise ModelError(
         "head_warm_start needs a model whose head gets one vector an example, and this one's gets every token: "
         'set head_warm_start.name = "none".'
     )
+
+
+def _with_planted(train: Examples, bench: Workbench) -> Examples:
+    """Return the examples with the given gradients of canaries, where there are any."""
+    if bench.planted is None:
+        return train
+    return PlantedExamples(train, bench.planted.first_direct, bench.planted.gradients)
 
 
 def trained_head(tuned: TunedModel) -> nn.Module:
@@ -130,8 +176,8 @@ def _features(bench: Workbench, progress: Progress) -> tuple[FeatureExamples | N
     if bench.tuned.head is None or not (isinstance(train, LabelledExamples) and isinstance(test, LabelledExamples)):
         return None, None
     progress.message(f"Features of {len(train) + len(test)} examples from the frozen model")
-    head = bench.tuned.model.get_submodule(bench.tuned.head)
-    return head_features(bench.tuned.model, head, train), head_features(bench.tuned.model, head, test)
+    model, head, shared = bench.tuned.model, bench.tuned.head, bench.shared
+    return shared.features(model, head, train), shared.features(model, head, test)
 
 
 def _cache_frozen(bench: Workbench, gib: float, progress: Progress) -> None:
@@ -147,5 +193,6 @@ def _cache_frozen(bench: Workbench, gib: float, progress: Progress) -> None:
     if prefix is None or needed > gib * 2**30:
         return
     progress.message(f"Running the frozen blocks once over all examples ({needed / 2**20:.0f} MiB kept)")
-    if not attach(bench.tuned.model, prefix, bench.train, bench.test):
+    model, shared = bench.tuned.model, bench.shared
+    if not attach(model, prefix, bench.train, bench.test, states=lambda each: shared.states(prefix, model, each, head)):
         progress.message("The frozen blocks' output cannot be replayed in this model: running it whole")

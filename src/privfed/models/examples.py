@@ -119,6 +119,11 @@ class ModelExamples(ABC):
     def probe(self, classes: int) -> Examples:
         """Return three made-up examples of this kind."""
 
+    @property
+    def prefix_depth(self) -> int:
+        """How many frozen blocks forward passes leave out."""
+        return self._prefix.depth if self._prefix else 0
+
     def use_prefix(self, prefix: FrozenPrefix | None, states: list[torch.Tensor]) -> None:
         """Run forward passes from these states of a frozen prefix, one [S, H] an example; None to stop."""
         self._prefix, self._states = prefix, states
@@ -220,7 +225,7 @@ class FeatureExamples:
     """
 
     def __init__(self, features_NF: torch.Tensor, labels: torch.Tensor) -> None:
-        self._features = features_NF
+        self.features_NF = features_NF
         self.labels = labels
         self.lengths = np.ones(len(labels), dtype=np.int64)
         self.width = int(features_NF.shape[1])
@@ -231,7 +236,7 @@ class FeatureExamples:
     def batch(self, rows: Rows) -> Batch:
         """Return the features of ``rows`` [B, F]."""
         index = torch.from_numpy(rows)
-        return Batch(self._features[index], self.labels[index])
+        return Batch(self.features_NF[index], self.labels[index])
 
     def logits(self, module: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the logits [B, K] of a head."""
@@ -278,11 +283,14 @@ def padded(rows_S: Sequence[NDArray[np.int64]], fill: int) -> dict[str, torch.Te
 def microbatches(examples: Examples, rows: Rows, size: int) -> Iterator[Rows]:
     """Yield ``rows`` in pieces of at most ``size``, sorted by length so that little is padded.
 
-    The pieces are a matter of memory and speed only: sums over a logical batch do not depend on them.
+    The pieces are a matter of memory and speed only: sums over a logical batch do not depend on them. Examples whose
+    loss does not go through the model (``privfed.federation.planted``) are in pieces of their own.
     """
-    ordered = rows[np.argsort(examples.lengths[rows], kind="stable")]
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+    first = getattr(examples, "first_direct", len(examples))
+    for part in (rows[rows < first], rows[rows >= first]):
+        ordered = part[np.argsort(examples.lengths[part], kind="stable")]
+        for start in range(0, len(ordered), size):
+            yield ordered[start : start + size]
 
 
 def head_features(

@@ -5,7 +5,7 @@ Shape suffixes: B examples, S tokens, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,11 +35,18 @@ class FrozenPrefix:
 
     def __init__(self, blocks: nn.ModuleList, depth: int) -> None:
         self.depth = depth
+        self._later = [id(tensor) for block in list(blocks)[depth:] for tensor in _tensors(block)]
         self._last = blocks[depth - 1]
         self._states_BSH: torch.Tensor | None = None
         for block in list(blocks)[: depth - 1]:
             self._skip(block)
         self._replay(self._last)
+
+    def read(self, module: nn.Module, head: str | None) -> list[torch.Tensor]:
+        """Return the tensors of ``module`` that the states may depend on: all but later blocks' and the head's."""
+        names = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
+        of_head = f"{head}." if head else "\0"
+        return [t for t in _tensors(module) if id(t) not in self._later and not names[id(t)].startswith(of_head)]
 
     @contextmanager
     def states(self, states_BSH: torch.Tensor | None) -> Iterator[None]:
@@ -110,17 +117,29 @@ def find_prefix(module: nn.Module, head: str | None) -> FrozenPrefix | None:
     return None
 
 
-def attach(module: nn.Module, prefix: FrozenPrefix, *splits: ModelExamples) -> bool:
+def attach(
+    module: nn.Module,
+    prefix: FrozenPrefix,
+    *splits: ModelExamples,
+    states: Callable[[ModelExamples], list[torch.Tensor]] | None = None,
+) -> bool:
     """Compute and attach the prefix's states to each split; return whether they reproduce the logits.
 
     Models whose blocks take or return something unusual are left to run whole. States are computed and compared in
     full precision whatever the splits run in.
+
+    Args:
+        module: The tuned model.
+        prefix: Its frozen prefix.
+        splits: Examples to attach states to.
+        states: Gives the states of a split, where they need not be computed; None computes them.
     """
     autocast = [examples.autocast for examples in splits]
+    give = states or (lambda examples: prefix.compute(module, examples))
     try:
         for examples in splits:
             examples.autocast = False
-        fits = all(_fits(module, prefix, examples) for examples in splits)
+        fits = all(_fits(module, prefix, examples, give) for examples in splits)
     finally:
         for examples, before in zip(splits, autocast, strict=True):
             examples.autocast = before
@@ -130,11 +149,20 @@ def attach(module: nn.Module, prefix: FrozenPrefix, *splits: ModelExamples) -> b
     return fits
 
 
-def _fits(module: nn.Module, prefix: FrozenPrefix, examples: ModelExamples) -> bool:
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _fits(
+    module: nn.Module,
+    prefix: FrozenPrefix,
+    examples: ModelExamples,
+    states: Callable[[ModelExamples], list[torch.Tensor]],
+) -> bool:
     rows = np.arange(min(4, len(examples)))
     with torch.no_grad():
         wanted = examples.logits(module.eval(), examples.batch(rows))
-    examples.use_prefix(prefix, prefix.compute(module, examples))
+    examples.use_prefix(prefix, states(examples))
     with torch.no_grad():
         found = examples.logits(module, examples.batch(rows))
     return torch.allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE)

@@ -116,6 +116,7 @@ def receipt_facts(
         beats_probe=None if outcome.probe_accuracy is None else score.value > outcome.probe_accuracy,
         sentinels=sentinels,
         notes=(*material.notes, *notes),
+        delta_set_aside=plan.lost_rounds_delta if plan else 0.0,
     )
 
 

@@ -63,6 +63,7 @@ class ReceiptFacts:
         beats_probe: Whether training beat a head on the frozen base model; None where that was not measured.
         sentinels: Result of each self-check of the training.
         released: What leaves the protected side.
+        delta_set_aside: The part of delta that the accountant did not get, for what it does not cover.
     """
 
     run_id: str
@@ -97,6 +98,7 @@ class ReceiptFacts:
     sentinels: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     released: Literal["every_iterate", "last", "sum_only"] = "every_iterate"
+    delta_set_aside: float = 0.0
 
 
 def build_receipt(facts: ReceiptFacts) -> dict[str, Any]:
@@ -235,6 +237,7 @@ def _accountant(facts: ReceiptFacts) -> dict[str, Any]:
     return {
         "name": facts.accountant,
         "delta": facts.delta,
+        "delta_set_aside": facts.delta_set_aside,
         "neighboring_relation": facts.relation,
         "relation_sentence": statements.relation(facts.relation, facts.unit),
         "assumptions": statements.assumptions(
@@ -269,8 +272,24 @@ def _finite(values: Mapping[Any, float | None]) -> dict[str, float]:
 
 def write_receipt(path: Path, receipt: Mapping[str, Any]) -> None:
     """Write a receipt so that a crash leaves the old file or the new one."""
+    write_atomic(path, rendered(receipt))
+
+
+def rendered(receipt: Mapping[str, Any]) -> bytes:
+    """Return a receipt as the bytes of its file; a lone surrogate becomes a question mark."""
     text = json.dumps(receipt, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomic(path, text.encode("utf-8", errors="replace"))  # a lone surrogate becomes a question mark
+    return text.encode("utf-8", errors="replace")
+
+
+def with_audit(receipt: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a receipt with what attacks proved, by view; a signature is left out, for it was over other content.
+
+    Args:
+        receipt: The receipt.
+        found: By view ``empirical_epsilon``, ``interval``, ``attack``, ``bound``, ``canaries`` and ``confidence``.
+    """
+    views = {view: {**entry, **found.get(view, {})} for view, entry in receipt["views"].items()}
+    return {**{key: value for key, value in receipt.items() if key != "signature"}, "views": views}
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
@@ -280,7 +299,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
         ConfigError: If the file is missing, garbled, or of another format.
     """
     try:
-        receipt = json.loads(path.read_text(encoding="utf-8"))
+        receipt = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise ConfigError(f"There is no receipt at {path}: the run has not finished, or never ran.") from None
     except (OSError, ValueError) as error:
@@ -315,6 +334,11 @@ _SHAPE: dict[str, type | tuple[type, ...]] = {
     "sentinels": dict,
     "notes": list,
 }
+_EPSILONS = ("epsilon", "empirical_epsilon", "delta")
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _problem(receipt: object) -> str | None:
@@ -327,6 +351,11 @@ def _problem(receipt: object) -> str | None:
         if not isinstance(receipt.get(key), kind) or key not in receipt:
             return f"{key!r} is missing or of the wrong kind"
     for view in VIEWS:
-        if not isinstance(receipt["views"].get(view), dict) or "epsilon" not in receipt["views"][view]:
+        entry = receipt["views"].get(view)
+        if not isinstance(entry, dict) or "epsilon" not in entry:
             return f"the view {view!r} is missing"
+        for key in _EPSILONS:
+            value = entry.get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                return f"{key!r} of the view {view!r} is not a number"
     return None

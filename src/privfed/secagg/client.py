@@ -167,6 +167,16 @@ class ClientSession:
                 self._number, tag_key, sharers, confirmations, lambda out: mask_packed(values_M, plus, minus, bits, out)
             )
 
+    def survivors_in(self, survivors: bytes) -> tuple[str, ...]:
+        """Return whom a SURVIVORS message for this client names; nothing is signed and the session stays where it is.
+
+        Raises:
+            MessageError: If the list is malformed or for another client.
+        """
+        recipient, alive, _ = self._wire.decode_survivors(survivors)
+        self._check_recipient(recipient, "list of survivors")
+        return tuple(self._wire.name(number) for number in alive)
+
     def agree(self, survivors: bytes) -> bytes:
         """Return this client's signature under who shared and who survived (figure 4, round 3).
 

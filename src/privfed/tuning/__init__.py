@@ -54,6 +54,7 @@ class Tuning:
         config: Its table.
         apply: Marks what is trained, wrapping the model where needed; ``seed`` drives fresh parameters.
         linear: True where, whatever the options, the average of trained factors is the factor of the averaged model.
+        scores: Trains the log-odds of a random mask, in tensors of which the names end as ``privfed.types.SCORES``.
         tasks: Values of ``model.task`` that it takes.
         check: Raises a ConfigError for options that cannot hold, without a model; may import peft.
         load: Puts what ``TunedModel.save`` wrote on a fresh base model; plain peft does for most.
@@ -65,6 +66,7 @@ class Tuning:
     config: type[Table]
     apply: Callable[[LoadedModel, Any, int], TunedModel]
     linear: bool
+    scores: bool = False
     tasks: frozenset[str] = ALL_TASKS
     check: Callable[[Any], None] | None = None
     load: Callable[[nn.Module, Path], nn.Module] = load_peft

@@ -9,8 +9,8 @@ In training the draw is a fixed function of the scores and the seed: every examp
 that each has a gradient of its own, and any change of the scores draws anew. The draw costs no privacy beyond that of
 the scores.
 
-What is sent and averaged are changes of scores, through any codec. FedPM's clients send a sample of their mask, one bit
-a value, and its server averages those: that message is not there.
+With ``compression.name = "bernoulli_mask"`` clients send a draw of their mask, one bit a value, and the server averages
+those, as in the paper. Any other codec sends changes of the scores, which are averaged as such.
 """
 
 from __future__ import annotations
@@ -144,4 +144,4 @@ def _applied(state: dict[str, Any], fields: dict[str, Any]) -> tuple[dict[str, A
     return out, fields
 
 
-TUNINGS.register("bernoulli_mask")(Tuning(config=BernoulliMaskConfig, apply=apply, linear=False))
+TUNINGS.register("bernoulli_mask")(Tuning(config=BernoulliMaskConfig, apply=apply, linear=False, scores=True))

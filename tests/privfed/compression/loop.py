@@ -13,7 +13,10 @@ from privfed.rng import PrivateStream
 from privfed.types import EncodedSum
 
 SHAPES = ((16, 12), (30,), (8, 5, 4), ())
+NAMES = ("first.weight", "first.bias", "second.scores", "scale")
 LENGTH = 383
+# what clients train from
+GIVEN_D = np.random.default_rng(21).standard_normal(LENGTH).astype(np.float32)
 
 QUANTIZER = {"name": "stochastic_quantizer", "bits": 6, "max_value": 4.0}
 # every codec, with options under which it does something to 383 values, and the chains
@@ -45,6 +48,8 @@ CASES = {
     "svd_truncate": {"name": "svd_truncate", "rank": 2, "error_feedback": True},
     "global_mask": {"name": "global_mask", "density": 0.1, "refresh": 3},
     "global_mask + quantizer": {"name": "global_mask", "density": 0.1, "refresh": 3, "inner": QUANTIZER},
+    "bernoulli_mask": {"name": "bernoulli_mask", "max_value": 4.0},
+    "bernoulli_mask, memory": {"name": "bernoulli_mask", "bits": 1, "max_value": 4.0, "memory": 3, "prior": 0.5},
     "seed_projection": {"name": "seed_projection", "directions": 64, "unbiased": True},
     "seed_projection, feedback": {"name": "seed_projection", "directions": 64, "error_feedback": True},
     "seed_projection + quantizer": {"name": "seed_projection", "directions": 64, "inner": QUANTIZER},
@@ -68,8 +73,9 @@ def declared(case, masked=False):
 
 
 def context(number=0, carried=None, shapes=SHAPES):
+    known = {"names": NAMES, "given_D": GIVEN_D} if shapes == SHAPES else {}
     return RoundContext(
-        run_seed=bytes(32), round_seed=number.to_bytes(32, "little"), shapes=shapes, carried=carried or {}
+        run_seed=bytes(32), round_seed=number.to_bytes(32, "little"), shapes=shapes, carried=carried or {}, **known
     )
 
 
@@ -132,12 +138,15 @@ class Loop:
         given = [corrected(u, self.residuals.get(i)) if feedback else u for i, u in enumerate(updates)]
         encoded, linear_M = self._exchange(codec, given)
         if codec.properties.second_pass:
-            codec = codec.second(codec.between(linear_M, self.length), self.length)
+            first, told = codec, codec.between(linear_M, self.length)
+            own = [first.second(told, self.length, first.linear_sum(sum_of_one(one, first))) for one in encoded]
+            codec = first.second(told, self.length, linear_M / len(updates))
             encoded, linear_M = self._exchange(codec, given)
         if feedback:
             for i, (vector, one) in enumerate(zip(given, encoded, strict=True)):
-                self.residuals[i] = residual(codec, vector, one)
-                self.sent.append(codec.decode_sum(sum_of_one(one, codec)))
+                mine = own[i] if codec.name == "powersgd" else codec
+                self.residuals[i] = residual(mine, vector, one)
+                self.sent.append(mine.decode_sum(sum_of_one(one, mine)))
         mean_D, self.state = codec.expand(linear_M / len(updates), self.state, self.length)
         assert config.name == codec.name
         return mean_D
@@ -158,11 +167,12 @@ def decoded(codec, vector_D, ring=None, *names):
     return codec.decode_sum(total_of(codec, [codec.encode(vector_D, stream(*names))], ring))
 
 
-def passes(codec, vector_D, length=LENGTH):
+def passes(codec, vector_D, length=LENGTH, ring=None):
     """Return the codec of each pass; the second one after a first with this vector alone."""
     if not codec.properties.second_pass:
         return [codec]
-    return [codec, codec.second(codec.between(linear(codec, vector_D), length), length)]
+    first_M = linear(codec, vector_D, ring)
+    return [codec, codec.second(codec.between(first_M, length), length, first_M)]
 
 
 __all__ = [name for name in globals() if not name.startswith("_")] + ["replace"]

@@ -42,7 +42,9 @@ def test_only_the_public_part_travels_and_it_is_not_large(case):
     loop.round(vectors(2, 1))
     public = build(case).public_state(loop.state)
     assert set(public) <= set(loop.state)
-    limit = {"count_sketch": 5, "global_mask": LENGTH / 8 + 30, "powersgd": 4 * 64 + 30}[build(case).name]
+    limit = {"count_sketch": 5, "global_mask": LENGTH / 8 + 30, "powersgd": 4 * 64 + 30, "bernoulli_mask": 5}[
+        build(case).name
+    ]
     assert len(state_to_bytes(public)) <= limit
 
 

@@ -259,7 +259,7 @@ class Eavesdropper:
             (ServerSession, "receive_masked"),
             (ServerSession, "receive_agree"),
             (ServerSession, "receive_unmask"),
-            (PlainLink, "_receive"),
+            (PlainLink, "receive"),
         ):
             patch.setattr(kind, method, self._wrapped(method, getattr(kind, method)))
 

@@ -152,7 +152,7 @@ def test_a_message_that_says_it_of_other_tensors_is_refused(trained: bytes) -> N
     codec, link = _links(False, 32)["none"]
     encoded = codec.encode(np.ones(9, dtype=np.float32), PrivateStream(bytes(32), "x"))
     with pytest.raises(ProtocolError, match="expected 1"):
-        link._receive(to_bytes(encoded, client_id="c0", weight=1.0, trained=trained))
+        link.receive(to_bytes(encoded, client_id="c0", weight=1.0, trained=trained))
     _, masked = _links(False, 32)["masked"]
     with pytest.raises(ProtocolError, match="expected 4"):
         masked.send("c0", encoded, 1.0, np.ones(3, dtype=bool))

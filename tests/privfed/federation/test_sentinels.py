@@ -13,6 +13,7 @@ from torch import nn
 
 from privfed.errors import ModelError, SentinelError
 from privfed.federation.sentinels import (
+    Moves,
     check_frozen,
     check_gradients,
     check_moved,
@@ -23,6 +24,7 @@ from privfed.models.examples import Examples, FeatureExamples
 from privfed.privacy.per_example import PerExampleModel
 from privfed.privacy.per_example.sites import EmbeddingSite
 from privfed.tuning.layout import layout_of, read_flat
+from privfed.types import ParamLayout
 
 WIDTH, CLASSES = 6, 3
 FEATURES = FeatureExamples(torch.zeros(4, WIDTH), torch.zeros(4, dtype=torch.int64))
@@ -198,18 +200,38 @@ def test_a_changed_buffer_is_named() -> None:
         check_frozen(before, frozen_digests(module))
 
 
+def moved_in(layout: ParamLayout, start: np.ndarray, *rounds: np.ndarray) -> frozenset[str]:
+    moves = Moves(layout, start)
+    for params in rounds:
+        moves.saw(params)
+    return moves.names
+
+
 def test_a_tensor_that_stood_still_is_named() -> None:
     module = Net()
     layout, start = layout_of(module), read_flat(module)
     moved = start + np.float32(1e-3)
-    assert check_moved(layout, start, moved, frozenset()) == "all 4 trained tensors with a gradient moved"
+    everything = moved_in(layout, start, moved)
+    assert check_moved(layout, everything, frozenset()) == "all 4 trained tensors with a gradient moved"
     end = moved.copy()
     end[30:35] = start[30:35]  # first.bias, after 30 weights
+    but_one = moved_in(layout, start, end, end + np.float32(1e-3) * (end != start), end)
     with pytest.raises(SentinelError, match=r"did not move first\.bias:"):
-        check_moved(layout, start, end, frozenset())
-    assert check_moved(layout, start, end, frozenset({"first.bias"})).startswith("all 3 ")
+        check_moved(layout, but_one, frozenset())
+    assert check_moved(layout, but_one, frozenset({"first.bias"})).startswith("all 3 ")
     with pytest.raises(SentinelError, match=r"first\.weight, first\.bias, last\.weight, last\.bias"):
-        check_moved(layout, start, start, frozenset())
+        check_moved(layout, moved_in(layout, start, start, start), frozenset())
+
+
+def test_a_tensor_that_came_back_to_its_start_has_moved() -> None:
+    """As a bias of two classes does that takes steps of one size: start and end alone would say that it stood still."""
+    module = Net()
+    layout, start = layout_of(module), read_flat(module)
+    there = start.copy()
+    there[30:35] += np.float32(0.25)
+    assert moved_in(layout, start, there, start) == {"first.bias"}
+    assert moved_in(layout, start, start, there, start) == {"first.bias"}
+    assert moved_in(layout, start, start, start) == frozenset()
 
 
 def test_where_a_codec_leaves_values_out_one_moved_tensor_will_do() -> None:
@@ -217,9 +239,10 @@ def test_where_a_codec_leaves_values_out_one_moved_tensor_will_do() -> None:
     layout, start = layout_of(module), read_flat(module)
     end = start.copy()
     end[30:35] += np.float32(1e-3)
-    sentence = check_moved(layout, start, end, frozenset(), dense=False)
+    one = moved_in(layout, start, end)
+    sentence = check_moved(layout, one, frozenset(), dense=False)
     assert sentence == "1 of 4 trained tensors with a gradient moved, as clients send some values only"
     with pytest.raises(SentinelError, match=r"first\.weight, first\.bias"):
-        check_moved(layout, start, start, frozenset(), dense=False)
+        check_moved(layout, frozenset(), frozenset(), dense=False)
     with pytest.raises(SentinelError, match=r"first\.weight, last\.weight"):
-        check_moved(layout, start, end, frozenset())
+        check_moved(layout, one, frozenset())

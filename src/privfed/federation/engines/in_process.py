@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,6 +18,7 @@ from privfed.errors import ConfigError
 from privfed.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from privfed.federation.client import Holder
 from privfed.federation.evaluate import Score, evaluate, right_answers
+from privfed.federation.exchange import Connect, Exchange
 from privfed.federation.fairness import Right
 from privfed.federation.folder import RunFolder
 from privfed.federation.meter import NOTE, MeterReading
@@ -26,23 +27,27 @@ from privfed.federation.personal import PERSONAL
 from privfed.federation.phases import TRAIN
 from privfed.federation.progress import Progress
 from privfed.federation.round import RoundReport, run_round
+from privfed.federation.sentinels import Moves
 from privfed.federation.setup import Stage
 from privfed.federation.state import ServerState, first_state
 from privfed.tuning.layout import read_flat, write_flat
-from privfed.types import Float32
 
 Spent = Callable[[str, int], float | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What training left behind."""
+    """What training left behind.
+
+    Attributes:
+        moved: Names of the tensors of the last phase that were ever elsewhere than at their start.
+    """
 
     state: ServerState
     score: Score
     probe_accuracy: float | None
     totals: Mapping[str, float]
-    start_D: Mapping[str, Float32] = field(repr=False)
+    moved: frozenset[str]
 
 
 def run_phases(
@@ -53,6 +58,7 @@ def run_phases(
     progress: Progress,
     label_names: Sequence[str],
     spent: Spent,
+    connect: Connect = Exchange,
 ) -> Outcome:
     """Run every phase from where the folder's checkpoint stands to the end.
 
@@ -64,6 +70,7 @@ def run_phases(
         progress: Told what happens.
         label_names: For per-class scores.
         spent: Maps (phase, completed rounds) to the epsilon spent so far, None without a guarantee.
+        connect: Makes the path of each round's messages: by default the clients of this process.
 
     Raises:
         BudgetExceededError: If a charge would pass the holder's cap.
@@ -73,22 +80,26 @@ def run_phases(
         folder.cut_metrics(checkpoint.metrics_bytes)
     names = list(stages)
     totals: dict[str, float] = dict(checkpoint.totals) if checkpoint else {}
-    start_D = {name: read_flat(stage.module) for name, stage in stages.items()}
+    fresh_D = {name: read_flat(stage.module) for name, stage in stages.items()}
     first = names.index(checkpoint.state.phase) if checkpoint else 0
     state = checkpoint.state if checkpoint else None
     score: Score | None = None
+    moves: Moves | None = None
     for position in range(first, len(names)):
         stage = stages[names[position]]
         fresh = state is None or state.phase != names[position]
         if state is None or fresh:
             # a later phase starts from what the earlier one left in the module they share
             state = start_of(stage)
-        loop = _Loop(stage, config, folder, holder, progress, label_names, spent, totals)
+        # a phase that is resumed has left its start already, as far as that can still be seen
+        moves = Moves(stage.phase.layout, state.params_D if fresh else fresh_D[names[position]])
+        moves.saw(state.params_D)
+        loop = _Loop(stage, config, folder, holder, progress, label_names, spent, totals, moves, connect)
         state, score = loop.run(state, fresh=fresh)
-    if score is None or state is None:
+    if score is None or state is None or moves is None:
         raise ConfigError("A run has at least one phase.")
     probe = totals.get("probe_accuracy")
-    return Outcome(state=state, score=score, probe_accuracy=probe, totals=totals, start_D=start_D)
+    return Outcome(state=state, score=score, probe_accuracy=probe, totals=totals, moved=moves.names)
 
 
 def start_of(stage: Stage) -> ServerState:
@@ -126,6 +137,8 @@ class _Loop:
     label_names: Sequence[str]
     spent: Spent
     totals: dict[str, float]
+    moves: Moves
+    connect: Connect
 
     def run(self, state: ServerState, *, fresh: bool) -> tuple[ServerState, Score]:
         """Return the state after the last round and its score.
@@ -141,7 +154,8 @@ class _Loop:
             self._save(state)
         while state.round < plan.rounds:
             before = time.perf_counter()
-            state, report = run_round(state, self.stage.phase, self.holder, self.progress)
+            state, report = run_round(state, self.stage.phase, self.holder, self.progress, self.connect)
+            self.moves.saw(state.params_D)
             epsilon = self.spent(plan.name, state.round)
             self._add(report)
             self.folder.log(_round_record(report, epsilon))

@@ -179,6 +179,8 @@ class PerExampleModel:
 
     def _pass(self, loss: Loss, batch: Any, size: int) -> list[Contribution]:
         self._forget()
+        if getattr(batch, "direct", False):  # these losses read parameters themselves, past every layer's hooks
+            return [Dense(g) for g in loop_gradients(self.module, self.parameters, loss, batch, size)]
         if self._whole is not None:
             return [Dense(g) for g in self._one_at_a_time(loss, batch, size)]
         if self._sites is None:

@@ -1,0 +1,79 @@
+"""Membership of training records against test records, on the released model of a run without canaries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfed.config import RunConfig
+from privfed.federation.material import gather
+from privfed.federation.transcript import Transcript
+from privfed_attacks.membership import MEMBERSHIP, Evidence
+from privfed_attacks.roc import roc
+from privfed_audits.canaries import Scene, loss_evidence
+from privfed_audits.claims import Claim
+from privfed_audits.verdict import curve
+
+Floats = NDArray[np.float64]
+NOT_RANDOMISED = (
+    "No bound on epsilon: which records are in the training data was not decided by coins (audit.canaries)."
+)
+MOST = 2000
+_LEAST = 8
+ATTACKS = ("loss", "population")
+
+
+def untossed_scene(folder: Path, config: RunConfig, transcript: Transcript | None) -> Scene | None:
+    """Return a scene that asks about training records; None where there are too few records to tell anything."""
+    material = gather(config)
+    rows = np.sort(np.concatenate([shard.indices for shard in material.shards]))
+    if min(len(rows), len(material.dataset.test)) < _LEAST:
+        return None
+    some = rows[np.unique(np.linspace(0, len(rows) - 1, min(MOST, len(rows))).astype(np.int64))]
+    return Scene(folder=folder, config=config, material=material, transcript=transcript, sizes={}, queries=some)
+
+
+def untossed(scene: Scene, claim: Claim, attacks: Sequence[str] | None) -> dict[str, Any]:
+    """Return the release's entry: how well training records can be told from test records.
+
+    Every second test record is the attacks' population, the others are the non-members.
+
+    Args:
+        scene: Asks about training records.
+        claim: What is promised.
+        attacks: Names to keep to, or None.
+    """
+    scores, bits_N = _scores(loss_evidence(scene), attacks)
+    areas = {name: roc(values, bits_N).auc for name, values in scores.items()}
+    best = max(areas, key=lambda name: areas[name])
+    return {
+        "attack": best,
+        "bound": "none",
+        "empirical_epsilon": None,
+        "interval": [None, None],
+        "ceiling": None,
+        "accounted_epsilon": claim.epsilon,
+        "delta": claim.delta,
+        "unit": claim.unit,
+        "canaries": 0,
+        "contradicted": False,
+        **curve(scores[best], bits_N, None, np.random.default_rng(0)),
+        "attacks": {name: round(area, 4) for name, area in areas.items()},
+        "assumptions": [NOT_RANDOMISED],
+    }
+
+
+def _scores(evidence: Evidence, attacks: Sequence[str] | None) -> tuple[Mapping[str, Floats], NDArray[np.bool_]]:
+    """Return scores by attack of members and non-members, and which are which."""
+    inside, outside = evidence.losses_Q, evidence.population_losses_Z
+    if inside is None or outside is None:
+        raise ValueError("the evidence has no losses")
+    asked = replace(evidence, losses_Q=np.concatenate([inside, outside[1::2]]), population_losses_Z=outside[::2])
+    names = [name for name in ATTACKS if attacks is None or name in attacks] or list(ATTACKS)
+    bits = np.arange(len(inside) + len(outside[1::2])) < len(inside)
+    return {name: MEMBERSHIP.get(name).score(asked) for name in names}, bits

@@ -1,0 +1,153 @@
+"""Examples whose gradient is given: canaries for audits, planted behind the ordinary ones.
+
+The loss of such an example is a multiple of one trained value, so autograd gives the gradient: that multiple at that
+value and 0 elsewhere. From there on it is an example like any other: it is sampled, clipped, added up and noised by the
+code that trains. Its multiple is ``BEYOND`` times the clip, so that after clipping its norm is the clip exactly, and
+without clipping it stands out.
+
+Shape suffixes: M planted examples, B examples of a microbatch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from privfed.errors import ModelError
+from privfed.tuning.layout import trained
+from privfed.types import ParamLayout
+
+if TYPE_CHECKING:
+    from privfed.models.examples import Examples, Rows
+
+BEYOND = 10.0
+"""The norm of a given gradient, in multiples of the clip."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenGradients:
+    """Gradients with one value that is not 0.
+
+    Attributes:
+        tensors_M: The number of the trained tensor that the value is in.
+        places_M: Where it is in that tensor, flat.
+        values_M: What it is.
+        flat_M: Where it is among all trained values.
+    """
+
+    tensors_M: NDArray[np.int64] = field(repr=False)
+    places_M: NDArray[np.int64] = field(repr=False)
+    values_M: NDArray[np.float32] = field(repr=False)
+    flat_M: NDArray[np.int64] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.flat_M)
+
+
+@dataclass(frozen=True, slots=True)
+class DirectBatch:
+    """A microbatch of planted examples.
+
+    Attributes:
+        inputs: Their numbers among the planted examples [B].
+    """
+
+    inputs: torch.Tensor
+    direct: ClassVar[bool] = True
+
+    def to(self, device: torch.device) -> DirectBatch:  # noqa: ARG002
+        """Return itself: the numbers stay on the CPU."""
+        return self
+
+
+class PlantedExamples:
+    """Ordinary examples, of which those from ``first_direct`` on have given gradients.
+
+    Args:
+        inner: The ordinary examples; what they say of the planted ones is not read.
+        first_direct: The first planted example.
+        gradients: Of the planted ones.
+    """
+
+    def __init__(self, inner: Examples, first_direct: int, gradients: GivenGradients) -> None:
+        self.inner = inner
+        self.first_direct = first_direct
+        self.gradients = gradients
+        self.lengths = np.concatenate([inner.lengths[:first_direct], np.ones(len(gradients), dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return self.first_direct + len(self.gradients)
+
+    def batch(self, rows: Rows) -> Any:
+        """Return a batch of ordinary examples, or of planted ones.
+
+        Raises:
+            ModelError: If the rows are of both kinds.
+        """
+        planted = rows >= self.first_direct
+        if planted.all():
+            return DirectBatch(torch.from_numpy(rows - self.first_direct))
+        if planted.any():
+            raise ModelError("A microbatch mixes planted and ordinary examples: their losses are had in other ways.")
+        return self.inner.batch(rows)
+
+    def losses(self, module: nn.Module, batch: Any) -> torch.Tensor:
+        """Return the loss of each example [B]."""
+        if not getattr(batch, "direct", False):
+            return self.inner.losses(module, batch)
+        tensors, given = [parameter for _, parameter in trained(module)], self.gradients
+        picked = [
+            tensors[given.tensors_M[i]].reshape(-1)[int(given.places_M[i])] * float(given.values_M[i])
+            for i in batch.inputs.tolist()
+        ]
+        return torch.stack(picked)
+
+    def probe(self, classes: int) -> Examples:
+        """Return three made-up ordinary examples."""
+        return self.inner.probe(classes)
+
+
+def given_gradients(layout: ParamLayout, count: int, clip: float, rng: np.random.Generator) -> GivenGradients:
+    """Return ``count`` gradients at different values, spread evenly over the tensors as far as their sizes go.
+
+    At most half of a tensor's values are used: the others show what the noise and the ordinary examples do there.
+
+    Args:
+        layout: The trained tensors.
+        count: How many.
+        clip: The norm that each is to have after clipping.
+        rng: Draws values and signs.
+
+    Raises:
+        ModelError: If that is more than half of all values.
+    """
+    room = np.array(layout.sizes) // 2
+    if count > room.sum():
+        raise ModelError(
+            f"audit.canaries = {count} of given gradients need twice as many trained values, and this tuning trains "
+            f"{layout.size}: set audit.canaries to {int(room.sum())} or fewer."
+        )
+    taken = _evenly(room, count)
+    starts = np.cumsum([0, *layout.sizes[:-1]])
+    tensors = np.repeat(np.arange(len(room)), taken)
+    places = np.concatenate([rng.choice(size, n, replace=False) for size, n in zip(layout.sizes, taken, strict=True)])
+    order = rng.permutation(count)
+    tensors, places = tensors[order], places[order].astype(np.int64)
+    values = (BEYOND * clip * rng.choice([-1.0, 1.0], count)).astype(np.float32)
+    return GivenGradients(tensors_M=tensors, places_M=places, values_M=values, flat_M=starts[tensors] + places)
+
+
+def _evenly(room: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Return how many each gets so that all together get ``count``, none more than its room, and all others alike."""
+    taken = np.zeros_like(room)
+    while (left := count - int(taken.sum())) > 0:
+        open_ = np.flatnonzero(taken < room)
+        each = max(1, left // len(open_))
+        for i in open_[: left if left < len(open_) else None]:
+            taken[i] += min(each, room[i] - taken[i])
+    return taken
