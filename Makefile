@@ -20,12 +20,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint docs docs-check bench clean browser
+.PHONY: help setup demo flower-demo test check lint docs docs-check bench clean browser
 .SUFFIXES:
 
 help:
 	@echo "make demo    set up, train the demo (PRESET=$(PRESET)) and write its report"
 	@echo "make test    set up and run every test"
+	@echo "make flower-demo  the demo with four sites over Flower, on this machine"
 	@echo "make check   everything a change has to pass: style, types, imports, tests, docs"
 	@echo "make docs    build the documentation into site/"
 	@echo "make bench   run every benchmark"
@@ -41,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	$(PIP) $(TORCH)
-	$(PIP) -c constraints.txt -e ".[demo,dev,generation]"
+	$(PIP) -c constraints.txt -e ".[demo,dev,flower,generation]"
 	@touch $@
 
 # The next free folder (runs/demo, runs/demo-2, ...); a run that was interrupted is continued.
@@ -60,6 +61,10 @@ browser:
 	  { timeout 120 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends chromium; } \
 	    >/dev/null 2>&1 || echo "It could not be installed: the browser tests will be skipped."; \
 	fi
+
+# The demo over Flower on loopback: TLS, node authentication, four sites; compared with the run in one process.
+flower-demo: setup
+	PRIVFED=$(BIN)/privfed PYTHON=$(BIN)/python benchmarks/flower_demo.sh runs/flower-demo
 
 test: setup browser
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile

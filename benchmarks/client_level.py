@@ -14,8 +14,10 @@ bands of which the accountant and ``running_error`` say, before any data is read
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,22 +45,26 @@ LORA = [
     "client.physical_batch_size=16",
 ]
 
-MEMORY_FILES = ("sst2_train.jsonl.gz", "sst2_dev.jsonl.gz")
+MEMORY_ROWS = 12_000
+MEMORY_TEST_ROWS = 64
+# adapters of the last block through the whole model, so that a round holds what training holds
 MEMORY = [
-    "partition.name=iid",
+    "model.max_length=32",
+    "model.cache_frozen_gib=0",
+    "tuning.name=ffa_lora",
+    "tuning.r=8",
+    'tuning.target_modules=["query", "value"]',
     "tuning.layers_to_transform=[5]",
-    "head_warm_start.name=none",
     "client.learning_rate=0.1",
-    "client.sampling_probability=unset",
-    "client.batch_size=8",
-    "server.weighting=uniform",
+    "client.batch_size=4",
+    "client.local_steps=1",
     "server.rounds=2",
     "server.evaluate_every=2",
     "server.cohort_size=100",
-    "privacy.unit=client",
-    "privacy.placement=central",
-    "secagg.name=none",
-    "model.cache_frozen_gib=0",
+    "privacy.target_epsilon=unset",
+    "privacy.noise_multiplier=1.0",
+    "privacy.accountant=rdp",
+    "privacy.mechanism=gaussian",
 ]
 
 
@@ -158,34 +164,54 @@ def key(variant: str, clip: float, seed: int, options: argparse.Namespace) -> di
     }
 
 
+def dealt(path: Path, clients: int, rows: int, folder: Path) -> Path:
+    """Return a file of as many rows of ``path``, user by user, dealt out to so many clients in runs of equal length.
+
+    A client has posts of one user, or of neighbours where users have few. The rows are the same for every number of
+    clients; where the file has fewer they come again with a number in front, for equal rows would be one.
+    """
+    found = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    found.sort(key=lambda row: str(row["client_id"]))
+    lines = []
+    for number in range(rows):
+        row = found[number % len(found)]
+        text = row["text"] if number < len(found) else f"{number} {row['text']}"
+        lines.append(json.dumps({**row, "text": text, "client_id": f"user{number * clients // rows:05d}"}))
+    out = folder / f"{clients}-clients.jsonl"
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return out
+
+
 def memory(clients: int, source: Path) -> dict[str, Any]:
-    """Train on the same rows in the hands of so many clients; return this process's peak memory so far."""
+    """Train on the same rows in the hands of so many clients; return this process's peak memory."""
     from privfed.config import load_config
     from privfed.run import train
 
     with tempfile.TemporaryDirectory() as folder:
         settings = [
-            f"data.path={find_file(source, MEMORY_FILES[0])}",
-            f"data.test_path={subset(find_file(source, MEMORY_FILES[1]), 64, Path(folder))}",
-            f"partition.clients={clients}",
+            f"data.path={dealt(find_file(source, FILES[0]), clients, MEMORY_ROWS, Path(folder))}",
+            f"data.test_path={subset(find_file(source, FILES[1]), MEMORY_TEST_ROWS, Path(folder))}",
             f"ledger.path={folder}/ledger.sqlite",
             *MEMORY,
         ]
         started = time.perf_counter()
-        config = load_config("sst2", settings)
-        train(config, out=Path(folder) / "run", shared=frozen_work())
+        receipt = train(load_config("stackexchange", settings), out=Path(folder) / "run", shared=frozen_work()).receipt
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"clients": clients, "rows": config.data.limit, "peak_mib": round(peak), "seconds": round(seconds, 1)}
+    spent = receipt["views"]["release"]["epsilon"]
+    return {"clients": clients, "rows": MEMORY_ROWS, "peak_mib": round(peak), "seconds": round(seconds), "spent": spent}
 
 
 def memory_table(numbers: list[int], source: Path) -> str:
-    """Run each number of clients, few first, in this process, whose peak can only rise; return it as Markdown."""
-    lines = ["| clients | rows | peak memory (MiB) | seconds |", "|---|---|---|---|"]
+    """Run each number of clients in a process of its own and return their peaks as Markdown."""
+    command = [sys.executable, __file__, "--data", str(source), "--json", "--memory"]
+    found = []
     for clients in sorted(numbers):
-        row = memory(clients, source)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-        lines.append(f"| {row['clients']:,} | {row['rows']:,} | {row['peak_mib']:,} | {row['seconds']} |")
+        done = subprocess.run([*command, str(clients)], check=True, stdout=subprocess.PIPE, text=True)
+        found.append(json.loads(done.stdout))
+        print(done.stdout.strip(), file=sys.stderr, flush=True)
+    lines = ["| clients | rows | peak memory (MiB) | seconds |", "|---|---|---|---|"]
+    lines += [f"| {row['clients']:,} | {row['rows']:,} | {row['peak_mib']:,} | {row['seconds']} |" for row in found]
     return "\n".join(lines)
 
 
@@ -219,9 +245,13 @@ def main() -> None:
     parser.add_argument("--only", choices=VARIANTS, action="append", help="run only this variant (may be repeated)")
     parser.add_argument("-s", "--set", action="append", default=[], help="a further override of the preset, key=value")
     parser.add_argument("--memory", type=int, nargs="+", help="peak memory with so many clients, instead of the cells")
+    parser.add_argument("--json", action="store_true", help="one number of clients: print its figures as JSON")
     options = parser.parse_args()
     if options.memory:
-        print(memory_table(options.memory, options.source))
+        if options.json and len(options.memory) == 1:
+            print(json.dumps(memory(options.memory[0], options.source)))
+        else:
+            print(memory_table(options.memory, options.source))
         return
     if options.source:
         done = [{name: row[name] for name in key("", 1.0, 0, options)} for row in read_rows(STORE)]

@@ -36,7 +36,7 @@ from privfed.types import Float32, Shard, View
 from privfed_attacks.gather import example_losses, query_gradients
 from privfed_attacks.membership import MEMBERSHIP, Evidence
 from privfed_attacks.membership.gradient_dot import unit
-from privfed_attacks.observation import Observation, ThreatModel
+from privfed_attacks.observation import Observation, Role, ThreatModel
 from privfed_attacks.public_model import write_tensors
 from privfed_audits.canary_scores import along, scores_of, spread_of
 
@@ -68,6 +68,7 @@ class Scene:
     queries: NDArray[np.int64] = field(repr=False)
     shared: SharedWork = NOTHING
     _few: list[workbench.Workbench] = field(default_factory=list)
+    _parts: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
     _start: list[tuple[nn.Module, Float32]] = field(default_factory=list)
 
     @property
@@ -88,8 +89,10 @@ class Scene:
         return self._few[0]
 
     def few_parts(self) -> tuple[nn.Module, Any, Any]:
-        """Return (what trains in the last phase, the queries, the population)."""
-        return workbench.trained_module(self.config, self.few(), TRAIN, Silent())[:3]
+        """Return (what trains in the last phase, the queries, the population); made once, features and all."""
+        if not self._parts:
+            self._parts.append(workbench.trained_module(self.config, self.few(), TRAIN, Silent())[:3])
+        return self._parts[0]
 
     def start(self) -> tuple[nn.Module, Float32]:
         """Return the tuned model and its trained values as the run starts from them [D]."""
@@ -193,7 +196,7 @@ def _seen(scene: Scene, view: View) -> tuple[Observation, ...]:
     """
     if scene.transcript is None:
         raise ConfigError(f"The view {view} needs a recorded run: train with -s audit.record=true.")
-    role = "client" if view == "release" else "server"
+    role: Role = "client" if view == "release" else "server"
     found = ThreatModel(role=role, observes=view).view(scene.transcript).of(TRAIN)
     if not found:
         raise ConfigError(f"The recorded run has no round that shows anything to the view {view}.")

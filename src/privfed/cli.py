@@ -79,15 +79,16 @@ def train(
 
         overrides = [*settings, *([f"ledger.path={json.dumps(ledger)}"] if ledger else [])]
         config = load_config(source, overrides)
+        from privfed.api import train as run
         from privfed.console import make_progress
         from privfed.report.text import summarise
-        from privfed.run import train as run
 
         folder = out or Path("runs") / Path(source).name.removesuffix(".toml")
         with make_progress() as progress:
             result = run(config, out=folder, resume=resume, progress=progress)
-        _say(as_json, *summarise(result.receipt, result.folder))
-        return {"folder": str(result.folder), "receipt": result.receipt}
+        receipt = result.receipt or {}
+        _say(as_json, *summarise(receipt, result.path))
+        return {"folder": str(result.path), "receipt": receipt}
 
     _run(body, as_json)
 

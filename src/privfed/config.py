@@ -23,13 +23,22 @@ from privfed.registry import Registry
 from privfed.rules import RULES
 from privfed.run_config import RunConfig
 from privfed.schedule import ServerConfig
+from privfed.tracking import TRACKERS
 from privfed.tuning import TUNINGS
 
 MECHANISM = "privacy.mechanism"
 AGGREGATION = "server.aggregation"
 # tables for which a name alone is short
 SHORT: dict[str, Any] = {MECHANISM: PrivacyConfig, AGGREGATION: ServerConfig}
-TAGGED = ("partition", "tuning", "compression", "downlink", "head_warm_start", "secagg", *SHORT)
+# what follows the kind of value that was expected, by the start of pydantic's name for the error
+_HINTS = {
+    "int": ", such as 3",
+    "float": ", such as 0.5 with a point",
+    "bool": ": true or false",
+    "string": ": put it in quotes, as in -s 'key=\"7\"'",
+    "list": ', such as ["a", "b"]',
+}
+TAGGED = ("partition", "tuning", "compression", "downlink", "head_warm_start", "secagg", "tracking", *SHORT)
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -109,7 +118,9 @@ def _read(source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is not valid TOML: {error}.") from error
+        toml = path.suffix.lower() == ".toml"
+        way = "" if toml else " Rows of data are no configuration: give them as data.path in a TOML file, or with -s."
+        raise ConfigError(f"{source} is not valid TOML: {error}.{way}") from error
 
 
 def _overridden(source: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -173,11 +184,38 @@ def _sentences(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
         elif problem["type"] == "model_type":
             found.append(f"{key} = {problem['input']!r}: expected a table of keys, [{key}].")
         else:
-            found.append(f"{key} = {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}.")
+            found.append(f"{key} = {problem['input']!r}, {_expected(problem)}{_default_of(place, raw)}.")
     return found
 
 
+def _expected(problem: Mapping[str, Any]) -> str:
+    """Return what a value of a wrong type or size should have been."""
+    said, kind = str(problem["msg"]), str(problem["type"])
+    if not said.startswith("Input should be "):
+        return f"{said[:1].lower()}{said[1:]}"
+    wanted = said.removeprefix("Input should be ")
+    if kind.startswith(("greater_than", "less_than")):
+        return f"expected a value {wanted}"
+    return f"expected {wanted}{next((hint for start, hint in _HINTS.items() if kind.startswith(start)), '')}"
+
+
+def _default_of(place: Sequence[str], raw: Mapping[str, Any]) -> str:
+    """Return the default of a key as a remark, where it has one that can be shown."""
+    field = getattr(_model_of(place[:-1], raw), "model_fields", {}).get(place[-1])
+    if field is None or field.is_required():
+        return ""
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "; unset is the default"
+    return f"; the default is {value!r}" if isinstance(value, (bool, int, float, str)) else ""
+
+
 def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
+    return list(getattr(_model_of(place, raw), "model_fields", ()))
+
+
+def _model_of(place: Sequence[str], raw: Mapping[str, Any]) -> Any:
+    """Return the configuration table at ``place``, or None where there is none."""
     model: Any = RunConfig
     registries: dict[str, Registry[Any]] = {
         "partition": PARTITIONERS,
@@ -186,6 +224,7 @@ def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
         "downlink": CODECS,
         "mechanism": MECHANISMS,
         "aggregation": RULES,
+        "tracking": TRACKERS,
     }
     for depth, name in enumerate(place):
         section = raw.get(name, {}) if isinstance(raw, Mapping) else {}
@@ -196,8 +235,8 @@ def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
             field = model.model_fields.get(name)
             model = field.annotation if field else None
         if not hasattr(model, "model_fields"):
-            return []
-    return list(model.model_fields)
+            return None
+    return model
 
 
 def _name(table: Mapping[str, Any], place: str) -> str:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from privfed.errors import ConfigError
 from privfed.registry import Registry
 from privfed.table import Table
 
 if TYPE_CHECKING:
-    from privfed_attacks.observation import Observation
+    from privfed_attacks.observation import Observation, ThreatModel
     from privfed_attacks.public_model import PublicModel
 
 
@@ -34,7 +35,7 @@ class Setting:
         lengths: How many tokens each example has, with special ones; None if not known.
         labels: The examples' labels; None if not known.
         auxiliary: Texts from elsewhere, for a prior.
-        shape: (channels, height, width) of an image.
+        images: Pictures from elsewhere as the model reads them [N, C, H, W], for a prior; None without.
         seed: Of the attack's own random choices.
     """
 
@@ -43,7 +44,7 @@ class Setting:
     lengths: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
     auxiliary: tuple[str, ...] = ()
-    shape: tuple[int, int, int] | None = None
+    images: NDArray[np.float32] | None = field(default=None, repr=False)
     seed: int = 0
 
 
@@ -67,6 +68,7 @@ class Reconstruction:
 
 
 Run = Callable[[Sequence["Observation"], "PublicModel", Setting, Any], Reconstruction]
+Craft = Callable[["PublicModel", Setting, Any], Mapping[str, NDArray[np.float32]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +79,36 @@ class Attack:
         config: Its options.
         run: Maps (observations, model, setting, options) to a reconstruction.
         reads: What it reconstructs.
-        server: What its server does: ``curious`` follows the protocol, ``malicious`` sends what it likes.
+        craft: What a malicious server puts in place of trained tensors before it broadcasts them, by name; None for an
+            attack whose server follows the protocol and only looks.
     """
 
     config: type[Table]
     run: Run
     reads: Literal["texts", "labels", "images"] = "texts"
-    server: Literal["curious", "malicious"] = "curious"
+    craft: Craft | None = None
+
+    @property
+    def server(self) -> Literal["curious", "malicious"]:
+        """Whether the server sends what the protocol says."""
+        return "curious" if self.craft is None else "malicious"
+
+    def broadcast(
+        self, threat: ThreatModel, model: PublicModel, setting: Setting, options: Any
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """Return the tensors that this adversary broadcasts in place of the right ones; none if it only looks.
+
+        Raises:
+            ConfigError: If the attack has to change the broadcast and the threat model does not let it.
+        """
+        if self.craft is None:
+            return {}
+        if "broadcast" not in threat.can_modify:
+            raise ConfigError(
+                f"The attack {getattr(options, 'name', '')!r} is a malicious server's, which changes what it "
+                'broadcasts: declare ThreatModel(can_modify=frozenset({"broadcast"})), or take one that only looks.'
+            )
+        return self.craft(model, setting, options)
 
 
 ATTACKS: Registry[Attack] = Registry("attack", "privfed_attacks.inversion")

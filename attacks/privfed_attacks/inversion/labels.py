@@ -80,15 +80,21 @@ def rounded(wanted: Float, total: int) -> NDArray[np.int64]:
 
 
 def _mean_probability(observation: Observation, model: PublicModel, setting: Setting) -> Float:
-    """Return the model's mean class probabilities on texts from elsewhere."""
+    """Return the model's mean class probabilities on texts or pictures from elsewhere."""
     import torch
 
     from privfed.models.examples import PROBES, device_of
 
     module = model.at(observation)
-    texts = list(setting.auxiliary[:64] or PROBES)
-    batch = model.tokenizer(texts, padding=True, truncation=True, max_length=setting.max_tokens, return_tensors="pt")
-    given = {name: value.to(device_of(module)) for name, value in batch.items() if name != "token_type_ids"}
+    if setting.images is not None:
+        given = {"pixel_values": torch.tensor(setting.images[:64])}
+    else:
+        texts = list(setting.auxiliary[:64] or PROBES)
+        batch = model.tokenizer(
+            texts, padding=True, truncation=True, max_length=setting.max_tokens, return_tensors="pt"
+        )
+        given = {name: value for name, value in batch.items() if name != "token_type_ids"}
+    given = {name: value.to(device_of(module)) for name, value in given.items()}
     with torch.no_grad():
         found: Float = module(**given).logits.softmax(-1).mean(0).double().cpu().numpy()
     return found

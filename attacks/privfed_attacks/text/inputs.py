@@ -82,14 +82,19 @@ def inputs(
         mask_NS: 1 for a token, 0 for padding; None for no padding.
         embeddings: Token embeddings [N, S, e] in place of the tokens.
     """
-    captured: dict[str, torch.Tensor] = {}
     device = device_of(module)
     mask_NS = torch.ones_like(ids_NS) if mask_NS is None else mask_NS
     given: dict[str, Any] = {"attention_mask": mask_NS.to(device)}
     given |= {"input_ids": ids_NS.to(device)} if embeddings is None else {"inputs_embeds": embeddings.to(device)}
-    with _capturing(module, wanted, captured), contextlib.suppress(_Enough):
+    return captured(module, wanted, given)
+
+
+def captured(module: nn.Module, wanted: Sequence[Site], given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the inputs of some layers by site, for what the model is called with."""
+    found: dict[str, torch.Tensor] = {}
+    with _capturing(module, wanted, found), contextlib.suppress(_Enough):
         module(**given)
-    return captured
+    return found
 
 
 @contextlib.contextmanager

@@ -51,22 +51,28 @@ class Simulation:
         self._frozen = given
         self.observed = {name: torch.tensor(value).to(device) for name, value in observation.payload.items()}
 
-    def update(self, embeddings_BSe: torch.Tensor, mask_BS: torch.Tensor, labels_B: torch.Tensor) -> Tensors:
-        """Return new minus old parameters by name, differentiable by the embeddings."""
+    def update(self, dummy: torch.Tensor, mask_BS: torch.Tensor | None, labels_B: torch.Tensor) -> Tensors:
+        """Return new minus old parameters by name, differentiable by the dummy batch.
+
+        Args:
+            dummy: Embeddings [B, S, e], or pixels [B, C, H, W] where there is no mask.
+            mask_BS: 1 for a token, 0 for padding; None for images.
+            labels_B: Classes.
+        """
         now: Tensors = dict(self._start)
         memory: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for step in range(1, self._client.local_steps + 1):
-            loss = self.loss(now, embeddings_BSe, mask_BS, labels_B)
+            loss = self.loss(now, dummy, mask_BS, labels_B)
             found = torch.autograd.grad(loss, list(now.values()), create_graph=True, allow_unused=True)
             grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(now.items(), found, strict=True)}
             now = _stepped(now, grads, memory, self._client, step)
         return {name: now[name] - self._start[name] for name in now}
 
     def loss(
-        self, params: Mapping[str, torch.Tensor], embeddings_BSe: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
+        self, params: Mapping[str, torch.Tensor], dummy: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor
     ) -> torch.Tensor:
         """Return the mean loss of the dummy batch at some parameters."""
-        given = {"inputs_embeds": embeddings_BSe, "attention_mask": mask}
+        given = {"pixel_values": dummy} if mask is None else {"inputs_embeds": dummy, "attention_mask": mask}
         output = functional_call(self._module, {**self._frozen, **params}, args=(), kwargs=given)
         return cross_entropy(output.logits, labels)
 

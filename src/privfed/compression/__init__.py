@@ -217,8 +217,16 @@ class TwoPass(Protocol):
     def between(self, linear_M: Float64, length: int) -> Float32:
         """Return what the server tells the clients, from the (noised) ``linear_sum`` of the first pass."""
 
-    def second(self, message: Float32, length: int) -> Codec:
-        """Return the codec of the second pass."""
+    def second(self, message: Float32, length: int, first_M: Float64 | None = None) -> Codec:
+        """Return the codec of the second pass.
+
+        Args:
+            message: What ``between`` returned.
+            length: D.
+            first_M: What the first pass's ``linear_sum`` was, on the scale of what the second one is expanded from: the
+                (noised) mean at the server, the client's own at a client that computes its residual. Not needed to
+                encode.
+        """
 
 
 class BaseCodec:

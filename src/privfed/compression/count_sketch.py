@@ -1,7 +1,15 @@
 """A count sketch of the update: sums of sketches are the sketch of the sum, and the server finds its large values.
 
 FetchSGD (Rothchild et al. 2020, arXiv 2007.07682, algorithm 1): momentum and error accumulation live in sketches on the
-server, clients keep nothing. Count sketch: Charikar, Chen and Farach-Colton 2002.
+server, clients keep nothing.
+
+The paper takes the found values off the error sketch whole. Where several of them share a bucket, each was estimated as
+the sum of all, and what is left is larger than before: with more values found than a row has buckets, the sketch grows
+without end. (The paper's code sets such buckets to 0, which forgets what else was in them.) Here the step is as long as
+takes most off: the found values times <error, their sketch> / |their sketch|^2, at most 1. It is 1 where no two share a
+bucket, and the error never grows by it.
+
+Count sketch: Charikar, Chen and Farach-Colton 2002.
 
 Shape suffixes: D values of an update; R rows and C columns of the sketch; K values found.
 """
@@ -39,6 +47,7 @@ from privfed.types import Encoded, Float32
 
 MOMENTUM, ERROR = "momentum", "error"
 _BLOCK = 1 << 16  # values estimated at a time
+_LEAST = 1e-300  # of a divisor, where nothing is found
 
 
 class CountSketchConfig(Table):
@@ -46,7 +55,8 @@ class CountSketchConfig(Table):
 
     Attributes:
         rows: Independent rows; a value's estimate is the median over them.
-        columns: Buckets of a row.
+        columns: Buckets of a row. Estimates are good where values are few or of very different size; updates whose
+            values are all alike (as AdamW's are) need about as many buckets in all as they have values.
         density: Share of the values that is found and applied each round; the rest stays in the server's sketch.
         momentum: Momentum, kept in the server's sketch; leave ``server.optimizer`` at plain ``sgd``.
         max_norm: A sketch whose norm is larger is scaled down to it; unset for none. Under client-level privacy this is
@@ -136,14 +146,16 @@ class CountSketch(Nested):
     def expand(
         self, mean_M: NDArray[np.float64], state: CodecState, length: int
     ) -> tuple[NDArray[np.float64], CodecState]:
-        """Return the largest estimated values in their places [D]; the rest stays in the server's sketch."""
+        """Return the largest estimated values in their places, times the step [D]; the rest stays in the sketch."""
         momentum = self._config.momentum * state[MOMENTUM] + self.inner_expand(mean_M, length)
         error = state[ERROR] + momentum
         estimate_D = self.estimate(error, length)
         found_K = largest(np.abs(estimate_D), kept(self._config.density, length))
         vector_D = np.zeros(length)
         vector_D[found_K] = estimate_D[found_K]
-        return vector_D, {MOMENTUM: momentum, ERROR: error - self.sketch(vector_D)}
+        taken = self.sketch(vector_D)
+        step = min(1.0, float(taken @ error) / max(float(taken @ taken), _LEAST))
+        return step * vector_D, {MOMENTUM: momentum, ERROR: error - step * taken}
 
     def _hashes(self, length: int) -> _Hashes:
         return _hashes(self.context().run_seed, length, self._config.rows, self._config.columns)

@@ -10,10 +10,11 @@ import click
 
 Body = Callable[[], Mapping[str, Any]]
 Run = Callable[[Body, bool], None]
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 FILE = click.Path(path_type=Path)
 
 
-def commands(run: Run, set_option: Any, json_option: Any) -> list[click.Command]:
+def commands(run: Run, set_option: Option, json_option: Option) -> list[click.Command]:
     """Return the commands.
 
     Args:
@@ -24,7 +25,7 @@ def commands(run: Run, set_option: Any, json_option: Any) -> list[click.Command]
     return [_serve(run, set_option, json_option), _join(run, set_option, json_option)]
 
 
-def _serve(run: Run, set_option: Any, json_option: Any) -> click.Command:
+def _serve(run: Run, set_option: Option, json_option: Option) -> click.Command:
     @click.command("serve")
     @click.argument("source", metavar="RUN.TOML|PRESET")
     @set_option
@@ -73,7 +74,7 @@ def _serve(run: Run, set_option: Any, json_option: Any) -> click.Command:
     return serve
 
 
-def _join(run: Run, set_option: Any, json_option: Any) -> click.Command:
+def _join(run: Run, set_option: Option, json_option: Option) -> click.Command:
     @click.command("join")
     @click.argument("site", metavar="SITE.TOML", type=FILE)
     @click.option("--card", "source", metavar="RUN.TOML|PRESET", help="Write the site's card for a run, and stop.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from privfed.federation.sites import read_sites
 from privfed.privacy.ledger import Ledger
 
 Say = Callable[[str], None]
+AGAIN_SECONDS = 3.0
 
 
 class _Told(Progress):
@@ -63,16 +65,18 @@ def join(site: SiteConfig, say: Say) -> dict[str, Any]:
     """
     from privfed.federation.engines.flower.node import NodeTasks
 
-    with ExitStack() as stack:
-        handle = stack.enter_context(opened_site(site, say)).handle
-        port = free_port()
-        node = _supernode(site, port, say)
-        stack.callback(node.stop)
-        tasks = NodeTasks(f"127.0.0.1:{port}", handle, site.accept.bundles, _Told(say))
-        with _until_told() as going:
-            tasks.serve(lambda: going() and node.running)
-        if not node.running:
-            raise ConfigError(f"The SuperNode ended: {node.tail()}")
+    with opened_site(site, say) as opened, _until_told() as going:
+        while going():
+            port = free_port()
+            node = _supernode(site, port, say)
+            try:
+                tasks = NodeTasks(f"127.0.0.1:{port}", opened.handle, site.accept.bundles, _Told(say))
+                tasks.serve(lambda: going() and node.running)  # noqa: B023  (called within the loop's body)
+            finally:
+                node.stop()
+            if going():  # such as one that a new SuperLink did not know
+                say(f"The SuperNode ended; starting it again in {AGAIN_SECONDS:g} s. Its log is {node.log}.")
+                time.sleep(AGAIN_SECONDS)
     say("Stopped.")
     return {"stopped": True}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from privfed.errors import ConfigError, PrivfedError
 
 STOP_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
 _EXTRA = "Flower is not installed: pip install 'privfed[flower]'."
 
 
@@ -48,6 +50,11 @@ class Process:
         """Return the end of its log."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
+
+
+def _die_with_parent() -> None:
+    """Have Linux end this process with its parent, however that ends: a node left over would take messages."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def flower(name: str) -> str:
@@ -85,21 +92,31 @@ def start(name: str, command: Sequence[str], *, log: Path, env: Mapping[str, str
             stderr=subprocess.STDOUT,
             env=dict(env),
             start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
     return Process(name, list(command), log, popen)
 
 
-def run(command: Sequence[str], *, env: Mapping[str, str], seconds: float = 120.0) -> subprocess.CompletedProcess[str]:
-    """Run one of Flower's commands to its end and return what it said."""
-    return subprocess.run(
-        list(command),
-        env=dict(env),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
+def run(command: Sequence[str], *, env: Mapping[str, str], seconds: float = 600.0) -> subprocess.CompletedProcess[str]:
+    """Run one of Flower's commands to its end and return what it said.
+
+    Raises:
+        PrivfedError: If it does not end in time.
+    """
+    try:
+        return subprocess.run(
+            list(command),
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PrivfedError(
+            f"{shown(command)} did not end within {seconds:g} s: see whether the SuperLink is up."
+        ) from error
 
 
 def shown(command: Sequence[str]) -> str:
@@ -108,7 +125,7 @@ def shown(command: Sequence[str]) -> str:
     return "$ " + shlex.join([Path(first).name, *rest])
 
 
-def wait_for_port(host: str, port: int, process: Process, seconds: float = 90.0) -> None:
+def wait_for_port(host: str, port: int, process: Process, seconds: float = 300.0) -> None:
     """Wait until a process listens.
 
     Raises:

@@ -26,7 +26,7 @@ PID, OUTCOME, LOG, STAGES, PROMETHEUS = "serverapp.pid", "outcome.json", "server
 app = ServerApp()
 
 
-@app.main()
+@app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Train as the run's configuration says, with clients at Flower's nodes.
 

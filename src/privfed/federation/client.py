@@ -14,6 +14,7 @@ import numpy as np
 
 from privfed.compression import Codec
 from privfed.compression.feedback import corrected, residual
+from privfed.compression.message import sum_of_one
 from privfed.errors import ClientError, ProtocolError
 from privfed.federation.codecs import (
     Downlink,
@@ -178,7 +179,9 @@ class Client:
         encoded = codec.encode(given_M, self.holder.stream("encode", *place, digest))
         if self.event is not None:
             self.holder.charge(*place, digest, self.event)
-        sent = _Sent(received=received, own=own, delta_D=delta_D, update=update, given_M=given_M, digest=digest)
+        sent = _Sent(
+            received=received, own=own, delta_D=delta_D, update=update, given_M=given_M, digest=digest, first=encoded
+        )
         if codec.properties.second_pass:
             return Answer(encoded=encoded, codec=codec, go_on=partial(self._second, codec, sent))
         self._keep(sent, codec, encoded)
@@ -188,7 +191,7 @@ class Client:
         """Return the answer of a codec's second pass, on the update of the first; it was charged before that."""
         received = sent.received
         told = Interim.from_bytes(message, phase=received.phase, round_number=received.round)
-        codec = second_codec(first, told.values, sent.given_M.size)
+        codec = second_codec(first, told.values, sent.given_M.size, first.linear_sum(sum_of_one(sent.first, first)))
         place = (self.shard.client_id, received.phase, received.round)
         again = hashlib.sha256(sent.digest.encode() + message).hexdigest()
         encoded = codec.encode(sent.given_M, self.holder.stream("encode", *place, again))
@@ -295,6 +298,7 @@ class _Sent:
         own: What the client kept before the round.
         given_M: What was given to the codec.
         digest: Of everything that the round depends on beside the data.
+        first: The first message.
     """
 
     received: Broadcast
@@ -303,6 +307,7 @@ class _Sent:
     update: Update
     given_M: Float32 = field(repr=False)
     digest: str
+    first: Encoded = field(repr=False)
 
 
 def _digest(broadcast: bytes, own: Mapping[str, Float32]) -> str:

@@ -122,14 +122,14 @@ def between(codec: Codec, mean_M: NDArray[np.float64], length: int) -> Float32:
     return _two_passes(codec).between(mean_M, length)
 
 
-def second_codec(codec: Codec, told: Float32, length: int) -> Codec:
-    """Return the codec of the second pass, given what the server told between the passes.
+def second_codec(codec: Codec, told: Float32, length: int, first_M: NDArray[np.float64] | None = None) -> Codec:
+    """Return the codec of the second pass, given what the server told between the passes and what the first one was.
 
     Raises:
         ConfigError: If the codec takes one pass.
         ProtocolError: If what was told cannot be.
     """
-    return _two_passes(codec).second(told, length)
+    return _two_passes(codec).second(told, length, first_M)
 
 
 def _two_passes(codec: Codec) -> TwoPass:

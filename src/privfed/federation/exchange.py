@@ -5,10 +5,10 @@ sum, and the update is made of the second sum over *its* survivors.
 
 * Without masking a client that drops between the passes is missing from the second sum alone. What was made public
   between them still holds its share: a direction, of which the rest make the best they can.
-* Under masking all of them have to answer, or the round is lost. From two sums over different survivors the server
-  could compute a projection of the missing clients' updates alone (for PowerSGD P^T X Q, r x r values a matrix), and
-  that may be one client. Each client's session refuses a sum over fewer. That the second sum's roster is the survivors
-  it signed in the first is so by construction here; in a deployment every client has to compare the two.
+* Under masking some may drop as well, for the second sum says nothing that the first one did (the codec sees to that:
+  ``privfed.compression.powersgd``). Each sum hides a client among its own survivors, of which each has to have as many
+  as [secagg] demands; with too few the round is lost. That the second sum's roster is the survivors it signed in the
+  first is so by construction here; in a deployment every client has to compare the two.
 """
 
 from __future__ import annotations
@@ -83,13 +83,23 @@ class Exchange:
                 raise ConfigError(f"The first answer of {client.shard.client_id} was its last.")
             return answer.go_on(interim)
 
-        everyone = self.phase.requirements
-        if self.phase.masked and len(heard) > 1:
-            # all of the cohort's corrupt clients may be among those who were heard
-            corrupt = min(self.corrupt, len(heard) - 1) / len(heard)
-            everyone = replace(everyone, dropped=0.0, n_min=len(heard), corrupt=corrupt)
-        collected, lost = self._heard(heard, codec, everyone, go_on)
+        collected, lost = self._heard(heard, codec, self._of_the_rest(len(heard)), go_on)
         return replace(collected, bytes_down=collected.bytes_down + len(interim) * len(heard)), lost
+
+    def _of_the_rest(self, heard: int) -> Requirements:
+        """Return what the second sum has to stand: as many may drop of those who were heard as the shares allow.
+
+        All of the cohort's corrupt clients may be among those who were heard.
+        """
+        wanted = self.phase.requirements
+        if not self.phase.masked or heard < 2:
+            return wanted
+        corrupt, dropped = min(self.corrupt, heard - 1) / heard, wanted.dropped
+        if wanted.n_min is not None:
+            dropped = min(dropped, (heard - wanted.n_min) / heard)
+        if 2 * dropped + corrupt >= 1:  # too few for anybody else to drop
+            return replace(wanted, dropped=0.0, n_min=heard, corrupt=corrupt)
+        return replace(wanted, dropped=dropped, corrupt=corrupt)
 
     def _heard(
         self, cohort: Sequence[str], codec: Codec, requirements: Requirements, ask: Callable[[Client], Answer]

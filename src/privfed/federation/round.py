@@ -239,7 +239,7 @@ def _gathered(exchange: Exchange, cohort: Sequence[str], codec: Codec) -> _Done:
     release = _release(exchange, codec, collected, lost, state.mechanism)
     if codec.properties.second_pass and release.mean_D is not None:
         told = Interim(phase=phase.plan.name, round=number, values=between(codec, release.mean_D, length))
-        codec, interim = second_codec(codec, told.values, length), told.to_bytes()
+        codec, interim = second_codec(codec, told.values, length, release.mean_D), told.to_bytes()
         again, lost = exchange.second(collected.survivors, codec, interim)
         release = _release(exchange, codec, again, lost, release.memory, interim)
         collected = replace(

@@ -138,12 +138,15 @@ class Loop:
         given = [corrected(u, self.residuals.get(i)) if feedback else u for i, u in enumerate(updates)]
         encoded, linear_M = self._exchange(codec, given)
         if codec.properties.second_pass:
-            codec = codec.second(codec.between(linear_M, self.length), self.length)
+            first, told = codec, codec.between(linear_M, self.length)
+            own = [first.second(told, self.length, first.linear_sum(sum_of_one(one, first))) for one in encoded]
+            codec = first.second(told, self.length, linear_M / len(updates))
             encoded, linear_M = self._exchange(codec, given)
         if feedback:
             for i, (vector, one) in enumerate(zip(given, encoded, strict=True)):
-                self.residuals[i] = residual(codec, vector, one)
-                self.sent.append(codec.decode_sum(sum_of_one(one, codec)))
+                mine = own[i] if codec.name == "powersgd" else codec
+                self.residuals[i] = residual(mine, vector, one)
+                self.sent.append(mine.decode_sum(sum_of_one(one, mine)))
         mean_D, self.state = codec.expand(linear_M / len(updates), self.state, self.length)
         assert config.name == codec.name
         return mean_D
@@ -164,11 +167,12 @@ def decoded(codec, vector_D, ring=None, *names):
     return codec.decode_sum(total_of(codec, [codec.encode(vector_D, stream(*names))], ring))
 
 
-def passes(codec, vector_D, length=LENGTH):
+def passes(codec, vector_D, length=LENGTH, ring=None):
     """Return the codec of each pass; the second one after a first with this vector alone."""
     if not codec.properties.second_pass:
         return [codec]
-    return [codec, codec.second(codec.between(linear(codec, vector_D), length), length)]
+    first_M = linear(codec, vector_D, ring)
+    return [codec, codec.second(codec.between(first_M, length), length, first_M)]
 
 
 __all__ = [name for name in globals() if not name.startswith("_")] + ["replace"]

@@ -96,8 +96,9 @@ def test_the_two_passes_project_the_sum(ring):
     total_D = np.sum(updates, axis=0, dtype=np.float64)
     first = at("powersgd", ring)
     encoded = [first.encode(update, stream(i)) for i, update in enumerate(updates)]
-    message = first.between(first.linear_sum(total_of(first, encoded, ring)), LENGTH)
-    second = first.second(message, LENGTH)
+    told_M = first.linear_sum(total_of(first, encoded, ring))
+    message = first.between(told_M, LENGTH)
+    second = first.second(message, LENGTH, told_M)
     found = second.decode_sum(total_of(second, [second.encode(u, stream(i)) for i, u in enumerate(updates)], ring))
     lefts = blocks_of(context(), LENGTH, 2).lefts(message.astype(np.float64))
     for left, start, rows, columns in zip(lefts, (0, 222), (16, 8), (12, 20), strict=True):
@@ -106,6 +107,73 @@ def test_the_two_passes_project_the_sum(ring):
         wanted = left @ left.T @ total_D[part].reshape(rows, columns)
         np.testing.assert_allclose(found[part], wanted.ravel(), atol=1e-5)
     np.testing.assert_allclose(found[192:222], total_D[192:222], atol=1e-6)
+
+
+def along(number=0):
+    """Return the first pass's right factor of each matrix, read off what it makes of a matrix."""
+    made, rights = at("powersgd", number=number), []
+    for start, columns in ((0, 12), (222, 20)):
+        vectors_D = np.zeros((columns, LENGTH), dtype=np.float32)
+        vectors_D[np.arange(columns), start + np.arange(columns)] = 1.0  # one entry of the first row each
+        lefts = [blocks_of(context(), LENGTH, 2).lefts(linear(made, each)) for each in vectors_D]
+        rights.append(np.array([left[0 if start == 0 else 1][0] for left in lefts]))
+    return rights
+
+
+def test_under_masking_the_second_pass_says_nothing_that_the_first_one_did():
+    """Two clients that differ in what the first pass sends alone send the same second message; without a mask not."""
+    vector_D, other_D = vectors(1)[0].copy(), vectors(1)[0].copy()
+    draw = np.random.default_rng(8)
+    for (start, rows, columns), right in zip(((0, 16, 12), (222, 8, 20)), along(), strict=True):
+        np.testing.assert_allclose(right.T @ right, np.eye(2), atol=1e-6)
+        change = draw.standard_normal((rows, 2)) @ right.T
+        other_D[start : start + rows * columns] += change.ravel().astype(np.float32)
+    for ring, same in ((Ring(bits=32, clients=4), True), (None, False)):
+        first = at("powersgd", ring)
+        told_M = linear(first, vector_D, ring)
+        assert np.abs(told_M - linear(first, other_D, ring)).max() > 0.1
+        second = first.second(first.between(told_M, LENGTH), LENGTH)
+        found = [linear(second, each, ring) for each in (vector_D, other_D)]
+        assert bool(np.abs(found[0] - found[1]).max() < 2e-6) is same
+
+
+def test_whoever_is_missing_from_the_second_sum_is_hidden_in_the_first():
+    """What the two masked sums have in common, along Q, is nothing: in the unmasked ones it is the missing client's."""
+    updates = vectors(4)
+    for ring in (Ring(bits=32, clients=4), None):
+        first = at("powersgd", ring)
+        told_M = first.linear_sum(total_of(first, [first.encode(u, stream()) for u in updates], ring))
+        second = first.second(first.between(told_M, LENGTH), LENGTH, told_M)
+        left_M = second.linear_sum(total_of(second, [second.encode(u, stream()) for u in updates[:3]], ring))
+        blocks = blocks_of(context(), LENGTH, 2)
+        told, rights = blocks.lefts(told_M), blocks.rights(left_M)
+        lefts = blocks.lefts(first.between(told_M, LENGTH).astype(np.float64))
+        for n, (start, rows, columns) in enumerate(((0, 16, 12), (222, 8, 20))):
+            missing = updates[3][start : start + rows * columns].reshape(rows, columns).astype(np.float64)
+            alone = lefts[n].T @ missing @ along()[n]  # r x r values of one client
+            seen = lefts[n].T @ told[n] - (along()[n].T @ rights[n]).T
+            assert np.allclose(seen, alone, atol=1e-5) is (ring is None)
+            if ring is not None:
+                assert np.abs(along()[n].T @ rights[n]).max() < 1e-5
+
+
+def test_a_round_of_which_some_dropped_between_the_passes_is_made_of_what_each_pass_got():
+    updates, ring = vectors(4), Ring(bits=32, clients=4)
+    first = at("powersgd", ring)
+    mean_M = first.linear_sum(total_of(first, [first.encode(u, stream()) for u in updates], ring)) / 4
+    second = first.second(first.between(mean_M, LENGTH), LENGTH, mean_M)
+    left_M = second.linear_sum(total_of(second, [second.encode(u, stream()) for u in updates[:3]], ring)) / 3
+    found, _ = second.expand(left_M, {}, LENGTH)
+    lefts = blocks_of(context(), LENGTH, 2).lefts(first.between(mean_M, LENGTH).astype(np.float64))
+    everyone, rest = np.mean(updates, axis=0, dtype=np.float64), np.mean(updates[:3], axis=0, dtype=np.float64)
+    for n, (start, rows, columns) in enumerate(((0, 16, 12), (222, 8, 20))):
+        part, inside = slice(start, start + rows * columns), along()[n] @ along()[n].T
+        of_all, of_rest = (whole[part].reshape(rows, columns) for whole in (everyone, rest))
+        wanted = lefts[n] @ lefts[n].T @ (of_all @ inside + of_rest @ (np.eye(columns) - inside))
+        np.testing.assert_allclose(found[part], wanted.ravel(), atol=1e-5)
+    np.testing.assert_allclose(found[192:222], rest[192:222], atol=1e-6)
+    with pytest.raises(ConfigError, match="not told what the first summed to"):
+        first.second(first.between(mean_M, LENGTH), LENGTH).expand(left_M, {}, LENGTH)
 
 
 @RINGS

@@ -179,6 +179,25 @@ def test_nothing_is_lost_in_the_servers_sketch():
     np.testing.assert_allclose(made.sketch(came), made.sketch(applied) + loop.state["error"], atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_what_is_found_never_makes_the_sketch_larger_however_many_share_a_bucket(rows):
+    """Dense updates and few buckets: taken off whole, the estimates would make the rest grow without end."""
+    case = {"name": "count_sketch", "rows": rows, "columns": LENGTH // (4 * rows), "density": 0.1}
+    loop, made, whole = Loop(case), at(case), np.zeros(rows * (LENGTH // (4 * rows)))
+    for number in range(40):
+        updates = vectors(3, seed=number)
+        before = made.sketch(np.mean(updates, axis=0, dtype=np.float64))
+        error = before if number == 0 else before + loop.state["error"]
+        loop.round(updates)
+        assert np.linalg.norm(loop.state["error"]) <= np.linalg.norm(error) * (1 + 1e-9)
+        whole = whole + before
+        estimate_D = made.estimate(whole, LENGTH)
+        found = np.argsort(-np.abs(estimate_D))[: round(0.1 * LENGTH)]
+        whole = whole - made.sketch(np.where(np.isin(np.arange(LENGTH), found), estimate_D, 0.0))
+    assert np.linalg.norm(loop.state["error"]) < 40 * np.linalg.norm(before)
+    assert np.linalg.norm(whole) > 1e3 * np.linalg.norm(loop.state["error"])
+
+
 def test_hashes_are_those_of_the_run_and_loads_are_the_largest():
     one, other = at(SKETCH, number=1), at(SKETCH, number=2)
     assert np.array_equal(linear(one, vectors(1)[0]), linear(other, vectors(1)[0]))

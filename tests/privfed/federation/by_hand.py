@@ -13,7 +13,7 @@ import numpy as np
 
 from privfed.compression import CODECS, Ring, plugin_of
 from privfed.compression.feedback import corrected, residual
-from privfed.compression.message import read, to_bytes
+from privfed.compression.message import read, sum_of_one, to_bytes
 from privfed.federation.client import _digest
 from privfed.federation.codecs import Place
 from privfed.federation.messages import Interim
@@ -111,11 +111,14 @@ class Hand:
         if codec.properties.second_pass:
             told = codec.between(mean, length)
             interim = Interim(phase="train", round=number, values=told).to_bytes()
-            codec = codec.second(told, length)
+            first = codec
+            own = {c: first.second(told, length, first.linear_sum(sum_of_one(e, first))) for c, e in encoded.items()}
+            codec = first.second(told, length, mean)
             again = {c: hashlib.sha256(d.encode() + interim).hexdigest() for c, d in digests.items()}
             encoded, mean = self._exchange(codec, given, again, number, length, broadcast, interim)
         if codec.properties.stateful:
-            self.kept = {client: residual(codec, given[client], encoded[client]) for client in given}
+            mine = own if self.run.phase.codec.properties.second_pass else dict.fromkeys(given, codec)
+            self.kept = {client: residual(mine[client], given[client], encoded[client]) for client in given}
         mean_D, self.state = codec.expand(mean, self.state, length)
         self.codec = codec
         return mean_D

@@ -55,21 +55,50 @@ def test_the_second_pass_is_averaged_over_its_own_survivors(
 
 
 @pytest.mark.parametrize("unit", ["none", "client"])
-def test_under_masking_a_client_that_drops_between_the_passes_costs_the_round(
-    unit: str, federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_under_masking_too_a_round_outlives_a_client_that_drops_between_the_passes(
+    unit: str, federation: Callable[..., Any], recorded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two sums over different survivors would show what the missing one alone would have sent."""
     run = federation(**tables("powersgd", "masked", unit))
-    assert run.phase.requirements.least_survivors(4) == 3  # a single pass would stand one dropped client
+    trainers = recording(run, recorded)
+    assert run.phase.requirements.least_survivors(4) == 3
+    names = sorted(run.phase.clients)
     with monkeypatch.context() as patch:
-        _drops_between(run, sorted(run.phase.clients)[2], patch)
+        _drops_between(run, names[2], patch)
         before = run.state
         after, report = run.round()
-    assert "at least 4 are needed" in report.lost
-    assert after.params_D.tobytes() == before.params_D.tobytes()
-    assert dict(after.codec) == dict(before.codec)
+    assert (report.lost, report.survivors, [name for name, _ in report.dropped]) == (None, 3, [names[2]])
+    assert run.phase.store.load(names[2], before=2) == {}
+    if unit == "none":
+        codec, size = Hand(run, True, "none").codec_of(1), run.phase.layout.size
+        given = {name: trainer.delta_D for name, trainer in trainers.items()}
+        first_M = sum(codec.linear_sum(sum_of_one(codec.encode(each, None), codec)) for each in given.values()) / 4
+        second = codec.second(codec.between(first_M, size), size, first_M)
+        left = [each for name, each in given.items() if name != names[2]]
+        left_M = sum(second.linear_sum(sum_of_one(second.encode(each, None), second)) for each in left) / 3
+        wanted_D, _ = second.expand(left_M, {}, size)
+        np.testing.assert_allclose(after.params_D - before.params_D, wanted_D, atol=1e-5)
     after, report = run.round()
     assert (report.lost, report.survivors) == (None, 4)
+
+
+def test_under_masking_too_few_in_the_second_pass_cost_the_round(
+    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = federation(**tables("powersgd", "masked", "none"))
+    second, gone = Client._second, sorted(run.phase.clients)[1:3]
+
+    def failing(client: Client, *args: Any) -> Any:
+        if client.shard.client_id in gone:
+            raise RuntimeError("gone")
+        return second(client, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "_second", failing)
+        before = run.state
+        after, report = run.round()
+    assert "at least 3 are needed" in report.lost
+    assert after.params_D.tobytes() == before.params_D.tobytes()
+    assert dict(after.codec) == dict(before.codec)
 
 
 def test_a_crash_between_the_passes_never_releases_a_second_answer(

@@ -24,7 +24,7 @@ _LENGTH = 8
 app = ClientApp()
 
 
-@app.train("privfed")
+@app.train("privfed")  # type: ignore[untyped-decorator]
 def forward(message: Message, context: Context) -> Message:
     """Carry one message to the site's process and its reply back.
 

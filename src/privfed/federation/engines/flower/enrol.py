@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,7 +96,7 @@ def make_card(
     )
 
 
-def _part(config: RunConfig, part: tuple[int, int]) -> Mapping[str, int]:
+def _part(config: RunConfig, part: tuple[int, int]) -> dict[str, int]:
     first, step = part
     if not 0 <= first < step:
         raise ConfigError(f"[data] part = [{first}, {step}], expected [i, n] with i from 0 to n - 1.")
