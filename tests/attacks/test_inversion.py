@@ -372,7 +372,9 @@ def test_a_new_attack_is_one_file(tmp_path: Path) -> None:
     assert inversion.__doc__ is not None
 
 
-def test_texts_are_scored_against_the_truth(play: Play) -> None:
+@pytest.mark.parametrize("pairs", [10_000, 0], ids=["every pair", "by shared tokens"])
+def test_texts_are_scored_against_the_truth(play: Play, monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
+    monkeypatch.setattr("privfed_attacks.scoring._MOST_PAIRS", pairs)
     _, model, truth, _ = play({"name": "full"})
     tokenizer = model.tokenizer
     ids = [tuple(tokenizer(text)["input_ids"]) for text in TEXTS]
