@@ -61,12 +61,15 @@ def config(variant: str, canaries: int, records: int, folder: Path) -> Any:
     return parse_config(raw, where=variant)
 
 
-def once(variant: str, canaries: int, records: int) -> list[dict[str, Any]]:
+def once(variant: str, canaries: int, records: int, keep: Path | None) -> list[dict[str, Any]]:
     """Train and audit; return one row a view."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = keep or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         started, used = time.perf_counter(), time.process_time()
-        run = train(config(variant, canaries, records, folder), out=folder / "run").folder
+        again = (folder / "run" / "config.toml").exists()
+        run = train(config(variant, canaries, records, folder), out=folder / "run", resume=again).folder
+        print(f"Trained in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         trained = time.process_time() - used
         membership = ["gradient_dot"]
         found = audit(run, attacks=membership, say=lambda line: print(line, file=sys.stderr, flush=True))
@@ -116,11 +119,12 @@ def main() -> int:
     parser.add_argument("variant", nargs="?", choices=sorted(VARIANTS))
     parser.add_argument("--canaries", type=int, default=5000)
     parser.add_argument("--records", type=int, default=128)
+    parser.add_argument("--keep", type=Path, help="Folder for the run; one that was stopped there goes on.")
     options = parser.parse_args()
     if options.variant is None:
         print("\n".join(table()))
         return 0
-    rows = once(options.variant, options.canaries, options.records)
+    rows = once(options.variant, options.canaries, options.records, options.keep)
     with STORE.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     print("\n".join(table()))

@@ -25,13 +25,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared_work import append_row, find_file, interval, read_rows, share_frozen_work, subset
+from shared_work import append_row, find_file, frozen_work, interval, read_rows, share_frozen_work, subset
 
 STORE = Path(__file__).with_name("codecs.jsonl")
 CACHE = Path("runs/codecs")
 # values that are trained: the head, and LoRA's factors in the last block; for `full`, until it has been measured
 HEAD_VALUES = {"pydoc": 11 * 385, "sst2": 2 * 385}
-LORA_VALUES = {"head": 0, "lora": 12_288, "lora, long": 12_288, "lora, all layers": 55_296, "full": 22_713_216}
+LORA_VALUES = {
+    "head": 0,
+    "lora": 12_288,
+    "lora, long": 12_288,
+    "lora, all layers": 55_296,
+    "mask": 6_144,
+    "full": 22_713_216,
+}
 DATA = {
     "pydoc": ["model.max_length=32"],
     "sst2": ["data.limit=unset"],
@@ -45,8 +52,8 @@ COMMON = [
     "server.momentum=0.0",
     "server.evaluate_every=1000",
 ]
-ROUNDS = {"full": 10, "lora": 10, "lora, long": 30, "lora, all layers": 10, "head": 30}
-STEPS = {"full": 8, "lora": 8, "lora, long": 8, "lora, all layers": 8, "head": 16}
+ROUNDS = {"full": 10, "lora": 10, "lora, long": 30, "lora, all layers": 10, "mask": 30, "head": 30}
+STEPS = {"full": 8, "lora": 8, "lora, long": 8, "lora, all layers": 8, "mask": 8, "head": 16}
 PLAIN = [
     *COMMON,
     "partition.clients=5",
@@ -62,6 +69,7 @@ RATES = {
     "lora": (2e-3, 1e-2),
     "lora, long": (2e-3, 1e-2),
     "lora, all layers": (2e-3, 1e-2),
+    "mask": (0.1, 1e-2),
     "head": (2e-2, 2e-2),
 }
 LORA = ["tuning.name=lora", "tuning.r=8", "tuning.layers_to_transform=[5]"]
@@ -70,6 +78,12 @@ TUNINGS = {
     "lora": [*LORA, 'tuning.target_modules=["query", "value"]'],
     "lora, long": [*LORA, 'tuning.target_modules=["query", "value"]'],
     "lora, all layers": [*LORA, 'tuning.target_modules=["query", "key", "value", "dense"]'],
+    "mask": [
+        "tuning.name=bernoulli_mask",
+        "tuning.r=8",
+        "tuning.layers_to_transform=[5]",
+        'tuning.target_modules=["query", "value"]',
+    ],
     "head": ["tuning.name=head"],
 }
 # 250 clients of which 50 take part; each codec takes the better of these clips, with equal steps of the model
@@ -122,6 +136,7 @@ def codecs(top: float, length: int) -> dict[str, dict[str, Any]]:
         "top_k 2% + 4 bit": {"name": "top_k", "density": 0.02, "inner": quantised(4, 4 * top)},
         "global_mask 10%": {"name": "global_mask", "density": 0.1, "refresh": 10},
         "count_sketch 1/4": {"name": "count_sketch", "rows": 3, "columns": length // 12, "density": 0.1},
+        "count_sketch 1/1": {"name": "count_sketch", "rows": 3, "columns": length // 3, "density": 0.1},
         "seed_projection 1/8": {"name": "seed_projection", "directions": length // 8, "error_feedback": True},
         "seed_projection 1/32": {"name": "seed_projection", "directions": length // 32, "error_feedback": True},
         "powersgd rank 1": {"name": "powersgd", "rank": 1},
@@ -130,8 +145,10 @@ def codecs(top: float, length: int) -> dict[str, dict[str, Any]]:
     }
 
 
+MASKS = {"bernoulli_mask": {"name": "bernoulli_mask"}}
 DOWNLINK = {"identity, 8 bit down": {"name": "stochastic_quantizer", "bits": 8, "max_value": 1.0}}
 FEW = {
+    "mask": ("identity", "bernoulli_mask"),
     "full": ("identity",),
     "lora, long": ("stochastic_quantizer 8 bit", "stochastic_quantizer 4 bit"),
     "lora, all layers": ("stochastic_quantizer 8 bit", "stochastic_quantizer 4 bit", "identity"),
@@ -206,7 +223,9 @@ def settings_of(cell: dict[str, Any]) -> list[str]:
     rate, head_rate = RATES[cell["tuning"]]
     # AdamW moves a value by about its rate in each step, so this bounds all but a few values of an update
     length = LORA_VALUES[cell["tuning"]] + HEAD_VALUES[cell["data"]]
-    chosen = codecs(STEPS[cell["tuning"]] * head_rate, length)[cell["codec"].split(", 8 bit down")[0]]
+    top = STEPS[cell["tuning"]] * head_rate
+    masks = {name: {**table, "max_value": top} for name, table in MASKS.items()}
+    chosen = {**codecs(top, length), **masks}[cell["codec"].split(", 8 bit down")[0]]
     down = table_settings("downlink", DOWNLINK[cell["codec"]]) if cell["codec"] in DOWNLINK else []
     return [
         *DATA[cell["data"]],
@@ -244,7 +263,7 @@ def run_cell(cell: dict[str, Any], source: Path | None) -> dict[str, Any]:
             config = load_config(
                 "demo" if cell["data"] == "pydoc" else "sst2", [*settings, f"ledger.path={folder}/ledger.sqlite"]
             )
-            receipt = train(config, out=Path(folder) / "run").receipt
+            receipt = train(config, out=Path(folder) / "run", shared=frozen_work()).receipt
         except PrivfedError as error:
             return cell | {"refused": str(error)}
         metrics = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -367,7 +386,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, data in zip(axes[0], sets, strict=True):
         found = grouped([row for row in rows if row["data"] == data and row["epsilon"] is None])
         points = {name: (mean(each, "bytes_up"), mean(each, "accuracy")) for name, each in found.items()}
-        for (tuning, _), marker in zip(TUNINGS.items(), "*s^Do", strict=True):
+        for (tuning, _), marker in zip(TUNINGS.items(), "*s^DPo", strict=True):
             mine = [point for name, point in points.items() if name[0] == tuning]
             if mine:
                 axis.scatter(*zip(*mine, strict=True), marker=marker, s=110 if marker == "*" else 30, label=tuning)

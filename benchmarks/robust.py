@@ -6,7 +6,8 @@
 
 The data and model of the preset "demo", without privacy: a linear head on MiniLM's features, or with ``--tuning lora``
 the last block's adapter. A flipping client trains like the others and sends its update times ``-factor``. One model is
-loaded for each seed; every cell starts from the same values and trains the same rounds. Prints the table.
+loaded for each seed; every cell starts from the same values and trains the same rounds, but for "krum, slow", which
+takes steps of 0.3 and three times the rounds: Krum's update is one client's, and as noisy. Prints the table.
 """
 
 from __future__ import annotations
@@ -24,14 +25,20 @@ from typing import Any
 
 import numpy as np
 
+SLOW = (0.3, 3)
+"""Server's learning rate, and times as many rounds: the model then averages over rounds what a round does not."""
+PACE = {"krum, slow": SLOW}
 RULES: dict[str, dict[str, Any]] = {
     "fedavg": {"name": "fedavg"},
     "krum": {"name": "krum", "byzantine": 2},
+    "krum, slow": {"name": "krum", "byzantine": 2},
     "multi_krum": {"name": "multi_krum", "byzantine": 2},
     "trimmed_mean": {"name": "trimmed_mean", "trim_share": 0.2},
+    "trimmed_mean, 30 %": {"name": "trimmed_mean", "trim_share": 0.3},
     "median": {"name": "median"},
     "geometric_median": {"name": "geometric_median"},
     "norm_bound, clip": {"name": "norm_bound", "action": "clip"},
+    "norm_bound, clip to the median": {"name": "norm_bound", "action": "clip", "factor": 1.0},
     "norm_bound, filter": {"name": "norm_bound", "action": "filter"},
 }
 TUNINGS = {
@@ -112,8 +119,8 @@ def prepared(options: argparse.Namespace, seed: int) -> Iterator[tuple[Any, Any,
         yield stage, holder, material.dataset.label_names
 
 
-def accuracy(stage: Any, holder: Any, names: tuple[str, ...], rule: Mapping[str, Any], flipped: int, k: float) -> float:
-    """Return the test accuracy after all rounds with a rule and so many flipping clients."""
+def accuracy(stage: Any, holder: Any, names: tuple[str, ...], rule: str, flipped: int, k: float) -> float:
+    """Return the test accuracy after all rounds with a rule of ``RULES`` and so many flipping clients."""
     from privfed.federation.engines.in_process import set_state, start_of
     from privfed.federation.evaluate import evaluate
     from privfed.federation.progress import Silent
@@ -121,7 +128,7 @@ def accuracy(stage: Any, holder: Any, names: tuple[str, ...], rule: Mapping[str,
     from privfed.rules import made
     from privfed.schedule import rule_table
 
-    table = rule_table(rule)
+    table, (rate, times) = rule_table(RULES[rule]), PACE.get(rule, (1.0, 1))
     wrong = set(sorted(stage.phase.clients)[:flipped])
     clients = {
         name: replace(client, trainer=Flipping(client.trainer, k)) if name in wrong else client
@@ -130,11 +137,11 @@ def accuracy(stage: Any, holder: Any, names: tuple[str, ...], rule: Mapping[str,
     phase = replace(
         stage.phase,
         clients=clients,
-        server=stage.phase.server.model_copy(update={"aggregation": table}),
+        server=stage.phase.server.model_copy(update={"aggregation": table, "learning_rate": rate}),
         sharing=replace(stage.phase.sharing, rule=made(table)),
     )
     start = state = start_of(stage)
-    for _ in range(phase.plan.rounds):
+    for _ in range(times * phase.plan.rounds):
         state, report = run_round(state, phase, holder, Silent())
         if report.lost or report.dropped:
             raise SystemExit(f"round {report.round} of {table!r}: {report.lost or report.dropped}")
@@ -152,7 +159,7 @@ def measure(options: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
             for rule in options.only or RULES:
                 for setting, flipped in (("clean", 0), ("attacked", options.flipping)):
                     started = time.perf_counter()
-                    found = accuracy(stage, holder, names, RULES[rule], flipped, options.factor)
+                    found = accuracy(stage, holder, names, rule, flipped, options.factor)
                     scores.setdefault((rule, setting), []).append(found)
                     seconds = time.perf_counter() - started
                     print(f"seed {seed}  {rule:20} {setting:9} {found:.3f}  {seconds:.0f} s", file=sys.stderr)

@@ -17,7 +17,7 @@ from privfed.types import PrivacyEvent, View
 from privfed_attacks.roc import Accounted, accounted
 
 Events = tuple[PrivacyEvent, ...]
-PROFILE = tuple(float(d) for d in (*np.logspace(-9, -2, 15), *np.linspace(0.02, 0.98, 25)))
+PROFILE = tuple(float(d) for d in (*np.logspace(-9, -2, 15), *np.linspace(0.015, 0.985, 60)))
 """Where a privacy profile is read to draw a trade-off curve of it."""
 UNCLAIMED_DELTA = 1e-5
 """Where a bound is stated for a run, or a view, that claims nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from privfed import objects
-from privfed.config import RunConfig, load_config, parse_config
+from privfed.config import RunConfig, parse_config, read_tables, with_overrides
 from privfed.errors import ConfigError, ResumeError
 
 if TYPE_CHECKING:
@@ -119,19 +119,26 @@ def train(
         BudgetExceededError: If the plan or a charge passes the data holder's cap.
         SentinelError: If a self-check fails; nothing more is released then.
     """
+    from privfed.federation import folder as folders
     from privfed.federation.follow import following
-    from privfed.run import train as run
 
-    found = _parsed(config, settings)
+    raw = _tables(config, settings)
     folder = Path(out) if out is not None else _default_folder(config)
+    if resume:
+        folders.reopen(folder)
+    else:
+        folders.check_new(folder)  # before anything that takes long
     if ledger is not None:
-        found = _changed(found, "ledger", path=str(ledger))
-    found, held = _with_objects(found, data, test, model, tokenizer, processor)
+        raw["ledger"] = {**raw.get("ledger", {}), "path": os.fspath(ledger)}
+    where = os.fspath(config) if isinstance(config, (str, os.PathLike)) else "config"
+    found, held = _with_objects(raw, where, data, test, model, tokenizer, processor)
     if data is not None and found.privacy.on and found.ledger.path is None:
         raise ConfigError(
             "data= is an object and has no file for a ledger to lie beside: pass ledger='rows.ledger.sqlite', the same "
             "for every run on these rows, so that what they spend adds up."
         )
+    from privfed.run import train as run  # loads torch
+
     with following(found, folder, progress) as watch:
         result = run(found, out=folder, resume=resume, progress=watch)
     return _read(result.folder, held)
@@ -162,7 +169,7 @@ def load_run(
     run = _read(Path(path), ())
     if data is None and test is None and model is None and tokenizer is None and processor is None:
         return run
-    found, held = _with_objects(run.config, data, test, model, tokenizer, processor)
+    found, held = _with_objects(run.config.to_dict(), str(path), data, test, model, tokenizer, processor)
     for table in ("data", "model"):
         given, own = getattr(found, table).name, getattr(run.config, table).name
         if given != own:
@@ -173,22 +180,17 @@ def load_run(
     return Run(path=run.path, config=run.config, receipt=run.receipt, metrics=run.metrics, _held=held)
 
 
-def _parsed(config: RunConfig | Mapping[str, Any] | str | os.PathLike[str], settings: Sequence[str]) -> RunConfig:
-    from privfed.config import apply_override
-
+def _tables(config: RunConfig | Mapping[str, Any] | str | os.PathLike[str], settings: Sequence[str]) -> dict[str, Any]:
+    """Return a configuration of any form as tables, with overrides applied; nothing is checked yet."""
     if isinstance(config, (str, os.PathLike)):
-        return load_config(os.fspath(config), settings)
-    if isinstance(config, RunConfig) and not settings:
-        return config
+        return read_tables(os.fspath(config), settings)
     if not isinstance(config, (RunConfig, Mapping)):
         raise ConfigError(
             f"config is a {type(config).__name__}, expected a file, the name of a preset, a mapping of tables or a "
             "RunConfig."
         )
-    raw = config.to_dict() if isinstance(config, RunConfig) else json.loads(json.dumps(dict(config), default=str))
-    for setting in settings:
-        apply_override(raw, setting)
-    return parse_config(raw, where="config")
+    raw = config.to_dict() if isinstance(config, RunConfig) else copy.deepcopy(dict(config))
+    return with_overrides(raw, settings)
 
 
 def _default_folder(config: object) -> Path:
@@ -197,35 +199,31 @@ def _default_folder(config: object) -> Path:
     raise ConfigError("out is not given, and the configuration has no name to make it from: pass out='runs/mine'.")
 
 
-def _changed(config: RunConfig, table: str, **keys: Any) -> RunConfig:
-    """Return a configuration with keys of a table changed; what an object replaces is left out."""
-    raw = config.to_dict()
-    replaced = _REPLACED.get(table, ()) if "name" in keys else ()
-    kept = {key: value for key, value in raw.get(table, {}).items() if key not in replaced}
-    return parse_config({**raw, table: {**kept, **keys}}, where="config")
-
-
 def _with_objects(
-    config: RunConfig, data: Any, test: Any, model: Any, tokenizer: Any, processor: Any
+    raw: dict[str, Any], where: str, data: Any, test: Any, model: Any, tokenizer: Any, processor: Any
 ) -> tuple[RunConfig, tuple[objects.Handed, ...]]:
     """Take objects over; return the configuration that names them, and what keeps them findable."""
-    held: list[objects.Handed] = []
-    task = config.model.task
     if test is not None and data is None:
         raise ConfigError("test= is given without data=: pass the training rows as data= too, or set [data] test_path.")
+    if model is None and (tokenizer is not None or processor is not None):
+        raise ConfigError("tokenizer= or processor= is given without model=: pass both, or set model.name for both.")
+    for table, given in (("data", data), ("model", model)):
+        if given is not None and isinstance(raw.setdefault(table, {}), dict):
+            raw[table] = {key: value for key, value in raw[table].items() if key not in _REPLACED[table]}
+            raw[table]["name"] = objects.PREFIX  # until its content is known
+    config = parse_config(raw, where=where)
+    task, held = config.model.task, []
     if data is not None:
         from privfed.data.objects import hand_over as take_data
 
         held.append(take_data(data, test, config.data, task))
-        config = _changed(config, "data", name=held[-1].name)
-    if model is None and (tokenizer is not None or processor is not None):
-        raise ConfigError("tokenizer= or processor= is given without model=: pass both, or set model.name for both.")
+        raw["data"]["name"] = held[-1].name
     if model is not None:
         from privfed.models.objects import hand_over as take_model
 
         held.append(take_model(model, processor if task == "image_classification" else tokenizer, task))
-        config = _changed(config, "model", name=held[-1].name)
-    return config, tuple(held)
+        raw["model"]["name"] = held[-1].name
+    return parse_config(raw, where=where) if held else config, tuple(held)
 
 
 def _read(folder: Path, held: tuple[objects.Handed, ...]) -> Run:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from privfed.compression import plugin_of
 from privfed.config import RunConfig
 from privfed.errors import ConfigError
 from privfed.federation.phases import phase_plans
@@ -81,17 +83,33 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _noise_in_model(config: RunConfig, phase: PhasePlan, noise: float) -> dict[str, Any]:
-    """Return what tells mechanisms of one budget apart: how much of their noise stays in the model."""
+    """Return what tells mechanisms of one budget apart: how much of their noise stays in the model.
+
+    That is in clips with ``identity`` alone. With another codec what is noised is the codec's sum, by the bound on what
+    one client changes there, which follows from the shapes of what is trained; and what the codec makes of the noise
+    afterwards is not in the figure. A codec of two sums a round has sqrt(2) times the noise in each.
+    """
     if config.privacy.placed != "central" or config.privacy.unit != "client":
         return {}
     error = built(config.privacy.mechanism).running_error(phase, noise)
-    return {"mechanism": config.privacy.mechanism_name, "noise_in_model": error}
+    found: dict[str, Any] = {"mechanism": config.privacy.mechanism_name}
+    codec = str(getattr(config.compression, "name", ""))
+    if codec == "identity":
+        return {**found, "noise_in_model": error}
+    two = plugin_of(config.compression).declare(config.compression, config.secagg.name == "masked").second_pass
+    return {**found, "codec": codec, "noise_in_sums": error * math.sqrt(2 if two else 1)}
 
 
 def _model_noise(phase: Mapping[str, Any]) -> str:
-    if "noise_in_model" not in phase:
-        return ""
-    return f" ({phase['mechanism']}; the noise in the model's sum of averages is {phase['noise_in_model']:.4f} clips)"
+    if "noise_in_model" in phase:
+        noise = phase["noise_in_model"]
+        return f" ({phase['mechanism']}; the noise in the model's sum of averages is {noise:.4f} clips)"
+    if "noise_in_sums" in phase:
+        return (
+            f" ({phase['mechanism']}; the noise in the averages of {phase['codec']}, added up and before they are "
+            f"decoded, is {phase['noise_in_sums']:.4f} times the most that one client changes there)"
+        )
+    return ""
 
 
 def _sums(config: RunConfig, phase: PhasePlan, noise: float) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def _plugins(registry: Registry[Any]) -> dict[str, str]:
 
 def _module_doc(entry: Any) -> str:
     """Return the docstring of the file that registered ``entry``: a plug-in is one file."""
-    named = (getattr(entry, name, None) for name in ("apply", "build", "split", "train", "make", "open", "config"))
+    named = (getattr(entry, name, None) for name in ("apply", "build", "split", "train", "make"))
     function = next((found for found in named if found), entry)
     return importlib.import_module(inspect.unwrap(function).__module__).__doc__ or ""
 

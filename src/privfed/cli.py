@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from privfed.deployment.commands import commands
 
@@ -22,6 +23,27 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 set_option = click.option(
     "-s", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. -s tuning.r=16."
 )
+
+
+def _sources(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return what a shell offers for a run: presets, then files."""
+    from importlib.resources import files
+
+    names = sorted(path.name.removesuffix(".toml") for path in files("privfed").joinpath("presets").iterdir())
+    return [
+        *map(CompletionItem, (n for n in names if n.startswith(incomplete))),
+        CompletionItem(incomplete, type="file"),
+    ]
+
+
+def _kinds(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return what a shell offers for ``privfed ls``."""
+    from privfed.catalogue import KINDS
+
+    return [CompletionItem(name) for name in (*KINDS, "combinations") if name.startswith(incomplete)]
+
+
+source_argument = click.argument("source", metavar="RUN.TOML|PRESET", shell_complete=_sources)
 
 
 class _Group(click.Group):
@@ -63,7 +85,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("source", metavar="RUN.TOML|PRESET")
+@source_argument
 @set_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/<name>.")
 @click.option("--resume", is_flag=True, help="Continue the run in the folder from its last round.")
@@ -205,7 +227,9 @@ def curves(
         folder = out or Path("runs") / f"curves-{Path(source).name.removesuffix('.toml')}"
         found = run(source, out=folder, settings=settings, resume=resume, jobs=jobs, constraints=recommend, say=_log)
         _say(as_json, *lines(found))
-        return found
+        wrong = "; ".join(found["contradicted"])
+        sentence = f"An audit proves more than is promised of {wrong}."
+        return {**found, "ok": False, "exit_code": 4, "message": sentence} if wrong else found
 
     _run(body, as_json)
 
@@ -230,7 +254,7 @@ def export(folder: Path, out: Path, merge: bool, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("source", metavar="RUN.TOML|PRESET")
+@source_argument
 @set_option
 @click.option("--clients", type=click.IntRange(min=1), help="Number of clients, so that no data is read.")
 @click.option("--shard-size", type=click.IntRange(min=1), help="Smallest client's examples, so that no data is read.")
@@ -275,7 +299,7 @@ def ledger(path: Path, verify: bool, delta: float | None, set_cap: float | None,
 
 
 @main.command("ls")
-@click.argument("kind", required=False)
+@click.argument("kind", required=False, shell_complete=_kinds)
 @click.option("--only", multiple=True, metavar="AXIS=VALUE", help="Of combinations: keep these, e.g. --only rule=krum.")
 @click.option("--refused", is_flag=True, help="Of combinations: say why, and what is nearest that runs.")
 @json_option
@@ -311,7 +335,7 @@ def config() -> None:
 
 
 @config.command("show")
-@click.argument("source", metavar="RUN.TOML|PRESET")
+@source_argument
 @set_option
 @click.option("--cost", is_flag=True, help="Print what a round of secure aggregation costs instead.")
 @click.option("--length", type=click.IntRange(min=0), help="Trained values, so that --cost loads no model.")
@@ -320,7 +344,10 @@ def config_show(source: str, settings: tuple[str, ...], cost: bool, length: int 
     """Print the resolved configuration, every default included; with --cost what its masked sums cost."""
 
     def body() -> dict[str, Any]:
+        from privfed.tuning import check
+
         found = _config(source, settings)
+        check(found.tuning, found.model.task)
         if cost:
             from privfed.federation.cost import run_cost
 
@@ -334,7 +361,7 @@ def config_show(source: str, settings: tuple[str, ...], cost: bool, length: int 
 
 
 @config.command("validate")
-@click.argument("source", metavar="RUN.TOML|PRESET")
+@source_argument
 @set_option
 @json_option
 def config_validate(source: str, settings: tuple[str, ...], as_json: bool) -> None:

@@ -51,7 +51,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: If the file cannot be read, a key is unknown, or a value cannot hold.
     """
-    return parse_config(_overridden(source, overrides), where=source)
+    return parse_config(read_tables(source, overrides), where=source)
 
 
 def load_budget_config(source: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, bool]:
@@ -62,7 +62,7 @@ def load_budget_config(source: str, overrides: Sequence[str] = ()) -> tuple[RunC
     Raises:
         ConfigError: As :func:`load_config`.
     """
-    raw = _overridden(source, overrides)
+    raw = read_tables(source, overrides)
     privacy = raw.get("privacy", {})
     if not isinstance(privacy, dict) or not {"target_epsilon", "noise_multiplier"} <= privacy.keys():
         return parse_config(raw, where=source), False
@@ -123,9 +123,17 @@ def _read(source: str) -> dict[str, Any]:
         raise ConfigError(f"{source} is not valid TOML: {error}.{way}") from error
 
 
-def _overridden(source: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the tables of ``source`` with overrides applied; a ``name`` first, since it may reset its table."""
-    raw = _read(source)
+def read_tables(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the tables of a TOML file or a preset with overrides applied; values are not checked.
+
+    Raises:
+        ConfigError: If the file cannot be read, or an override is malformed.
+    """
+    return with_overrides(_read(source), overrides)
+
+
+def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return ``raw`` with overrides applied in place; a ``name`` first, since it may reset its table."""
     names = [*(f"{table}.name" for table in TAGGED), *SHORT]
     for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() not in names):
         apply_override(raw, override)
@@ -182,7 +190,10 @@ def _sentences(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
         elif problem["type"] == "value_error":
             found.append(f"{key}: {problem['ctx']['error']}." if key else f"{problem['ctx']['error']}.")
         elif problem["type"] == "model_type":
-            found.append(f"{key} = {problem['input']!r}: expected a table of keys, [{key}].")
+            found.append(
+                f"{key} = {problem['input']!r}, expected a table of keys: write [{key}] and its keys, "
+                f"or -s {key}.KEY=VALUE."
+            )
         else:
             found.append(f"{key} = {problem['input']!r}, {_expected(problem)}{_default_of(place, raw)}.")
     return found

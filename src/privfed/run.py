@@ -5,24 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from privfed import __version__, objects
-from privfed.config import RunConfig, differences, parse_config
-from privfed.errors import BudgetExceededError, ConfigError, PrivfedError, ResumeError
+from privfed.config import RunConfig
+from privfed.errors import BudgetExceededError, ConfigError, PrivfedError
 from privfed.federation import canaries, recorder, saving, sentinels, setup, structure, workbench
-from privfed.federation import folder as folders
 from privfed.federation import material as materials
 from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.client import Holder
@@ -30,8 +23,10 @@ from privfed.federation.engines.in_process import Outcome, run_phases
 from privfed.federation.exchange import Connect, Exchange
 from privfed.federation.folder import RunFolder
 from privfed.federation.generation import Generation, generate
+from privfed.federation.opening import discard_unstarted, open_folder, open_ledger
 from privfed.federation.phases import TRAIN
 from privfed.federation.progress import Progress, Silent
+from privfed.federation.records import partition_record, versions
 from privfed.federation.shared import NOTHING, SharedWork
 from privfed.models.language import LanguageExamples
 from privfed.privacy.discrete.planning import survivors_events
@@ -43,9 +38,6 @@ from privfed.report.html import write_report
 from privfed.report.receipt import build_receipt, read_receipt, write_receipt
 from privfed.rng import reproducible_key
 from privfed.types import EVERYONE
-
-SIMULATED = "Simulation only: computed from the clients' data without noise. Not part of the release."
-PACKAGES = ("torch", "transformers", "peft", "opacus", "dp-accounting", "numpy", "cryptography")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +91,7 @@ def train(
             "sites hold theirs; set it to 0, or train in one process with `privfed train`."
         )
     structure.check_structure(config)
-    run_folder = _open_folder(config, out, resume=resume)
+    run_folder = open_folder(config, out, resume=resume)
     if (run_folder.path / "receipt.json").exists():
         return _finish_again(config, run_folder, engine)
     try:
@@ -110,11 +102,11 @@ def train(
             coins = canaries.toss(run_folder.path, config, started=under_way)
             material = canaries.plant(config, material, coins)
         with ExitStack() as stack:
-            ledger = stack.enter_context(_open_ledger(config, run_folder, engine))
+            ledger = stack.enter_context(open_ledger(config, run_folder, elsewhere=engine is not None))
             runner = _Run(config, run_folder, material, ledger, watch, engine, shared=shared)
             return runner.finish(runner.train(), started)
     except PrivfedError:
-        _discard_unstarted(run_folder)
+        discard_unstarted(run_folder)
         raise
 
 
@@ -201,7 +193,7 @@ class _Run:
             adapter_digest=digest,
             sentinels=self.results or {},
             versions=versions(),
-            notes=(*saving.notes(self._stage()), *self._recorded()),
+            notes=(*saving.notes(self._stage()), *self._recorded(), *filter(None, [self._bench().packing])),
         )
         receipt = build_receipt(facts)
         write_receipt(self.folder.path / "receipt.json", receipt)
@@ -391,96 +383,9 @@ class _Run:
         return generate(bench.tuned.model, bench.test, evaluate.generate, evaluate.max_new_tokens)
 
 
-def ledger_path(config: RunConfig, run_folder: Path) -> Path:
-    """Return where the data holder's ledger is: as configured, beside the data file, or in the run folder."""
-    if config.ledger.path is not None:
-        return Path(config.ledger.path)
-    if config.data.path is not None:
-        data = Path(config.data.path)
-        return data.with_name(f"{data.name}.privfed-ledger.sqlite")
-    return run_folder / "ledger.sqlite"
-
-
-def partition_record(config: RunConfig, material: materials.Material) -> dict[str, Any]:
-    """Return partition.json: who holds what. Known only because the clients are simulated on one machine."""
-    # at sites nobody but they knows the labels
-    labels = material.dataset.train.labels if material.simulated else None
-    names = material.dataset.label_names if material.simulated else ()
-    return {
-        "label_names": list(names),
-        "clients": [
-            {
-                "client_id": shard.client_id,
-                "size": len(shard),
-                "label_counts": _counts(labels, shard.indices, len(names)),
-            }
-            for shard in material.shards
-        ],
-        "partitioner": getattr(config.partition, "name", ""),
-        "note": SIMULATED if material.simulated else "Public: sizes as the roster states them.",
-    }
-
-
-def _counts(labels: NDArray[np.int64] | None, rows: NDArray[np.int64], classes: int) -> list[int]:
-    """Return how many of ``rows`` each class has; nothing where records have no class."""
-    return [] if labels is None else [int((labels[rows] == k).sum()) for k in range(classes)]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that matter for a guarantee."""
-    found = {"privfed": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    return found | {name: metadata.version(name) for name in PACKAGES}
-
-
-def _open_folder(config: RunConfig, out: Path, *, resume: bool) -> RunFolder:
-    if not resume:
-        return folders.create(out, config.to_toml())
-    run_folder, raw = folders.reopen(out)
-    stored = parse_config(raw, where=str(out / "config.toml"))
-    # where figures are sent changes nothing of the run
-    changed = [line for line in differences(stored, config) if not line.startswith("tracking.")]
-    for table in ("data", "model"):
-        before, now = getattr(stored, table).name, getattr(config, table).name
-        if before != now and (objects.is_object(before) or objects.is_object(now)):
-            raise ResumeError(
-                f"The run in {out} was started with {table}.name = {_named(before)}, and now it is {_named(now)}: "
-                f"hand over the same object ({table}=...), with the same content in the same order."
-            )
-    if changed:
-        raise ResumeError(
-            f"The run in {out} has another configuration ({'; '.join(changed)}): resume with the same one."
-        )
-    return run_folder
-
-
-def _named(name: str | None) -> str:
-    return "unset" if name is None else repr(objects.short(name)) if objects.is_object(name) else repr(name)
-
-
-def _open_ledger(config: RunConfig, run_folder: RunFolder, engine: Engine | None) -> Ledger:
-    """Open the data holder's ledger; where clients are elsewhere, the server's own record of what it asked of them."""
-    path = ledger_path(config, run_folder.path) if engine is None else run_folder.path / "ledger.sqlite"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"The ledger's folder {path.parent} cannot be made ({error}): pass --ledger.") from error
-    ledger = Ledger.open(path)
-    link = run_folder.path / "ledger.sqlite"
-    if path.resolve() != link.resolve() and not link.is_symlink():
-        link.symlink_to(path.resolve())
-    return ledger
-
-
 def _finish_again(config: RunConfig, run_folder: RunFolder, engine: Engine | None) -> RunResult:
     """Do what comes after the receipt: a run that was stopped there has no more to train, and perhaps no key."""
     write_report(run_folder.path)
-    with _open_ledger(config, run_folder, engine) as ledger:
+    with open_ledger(config, run_folder, elsewhere=engine is not None) as ledger:
         ledger.erase_run_key(run_folder.run_id)
     return RunResult(folder=run_folder.path, receipt=read_receipt(run_folder.path / "receipt.json"))
-
-
-def _discard_unstarted(run_folder: RunFolder) -> None:
-    """Remove the folder of a run that was refused before its first round: nothing half written stays."""
-    if load_checkpoint(run_folder.checkpoint) is not None:
-        return
-    shutil.rmtree(run_folder.path, ignore_errors=True)

@@ -118,6 +118,11 @@ class RunConfig(Table):
                 f'evaluate.generate = {self.evaluate.generate} with model.task = "{self.model.task}", which writes no '
                 "text: set evaluate.generate = 0."
             )
+        if self.model.packing and self.model.task != "causal_lm":
+            raise ConfigError(
+                f'model.packing = true with model.task = "{self.model.task}", whose records each need a sequence of '
+                "their own: set model.packing = false."
+            )
         if has_labels(self.model.task):
             return self
         name = str(getattr(self.partition, "name", ""))
@@ -147,6 +152,11 @@ class RunConfig(Table):
                 "4bit",
             ),
         }
+        if self.model.packing:
+            raise ConfigError(
+                'model.packing = true with privacy.unit = "example": records that share a sequence have no gradients '
+                "of their own to clip; set model.packing = false."
+            )
         if self.model.dropout:
             raise ConfigError(
                 f'model.dropout = {self.model.dropout:g} with privacy.unit = "example": an example draws another mask '

@@ -112,15 +112,19 @@ def test_a_round_that_was_written_twice_counts_once(config: Any, tmp_path: Path)
 
 @pytest.mark.parametrize("given", ["tiny", "mapping", "file"])
 def test_every_form_of_a_configuration_is_taken(given: str, tmp_path: Path) -> None:
-    from privfed.api import _parsed
-    from privfed.config import load_config
+    from privfed.api import _tables
+    from privfed.config import load_config, parse_config
+
+    def parsed(form: Any, settings: tuple[str, ...] = ()) -> Any:
+        return parse_config(_tables(form, settings), where="test")
 
     whole = load_config("tiny")
     (tmp_path / "own.toml").write_text(whole.to_toml())
     form: Any = {"tiny": "tiny", "mapping": whole.to_dict(), "file": tmp_path / "own.toml"}[given]
-    assert _parsed(form, ()) == whole
-    assert _parsed(form, ["server.rounds=9"]).server.rounds == 9
-    assert _parsed(whole, ["server.rounds=9"]).server.rounds == 9
+    assert parsed(form) == parsed(whole) == whole
+    assert parsed(form, ("server.rounds=9",)).server.rounds == 9
+    assert parsed(whole, ("server.rounds=9",)).server.rounds == 9
+    assert load_config("tiny") == whole  # what was given is not changed
 
 
 def test_what_is_no_configuration_is_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -152,7 +156,10 @@ def test_rows_as_an_object_train_the_same_model_on_the_same_account_as_their_fil
     config: Any, rows: Any, tmp_path: Path
 ) -> None:
     by_file = privfed.train(config, out=tmp_path / "file")
-    by_object = privfed.train(config, out=tmp_path / "object", data=rows)
+    tables = config.to_dict()
+    tables["data"] = {"client": "client"}  # the columns, and no name
+    by_object = privfed.train(tables, out=tmp_path / "object", data=rows)
+    assert tables["data"] == {"client": "client"}
     assert weights(by_object) == weights(by_file)
     assert by_object.receipt is not None and by_file.receipt is not None
     # the ledger's account is of the records, wherever they were read from

@@ -103,6 +103,18 @@ def test_random_cohorts_that_cannot_be_masked_are_set_aside_or_refused():
             ask(*given, f"secagg.n_min={n_min}")
 
 
+@pytest.mark.parametrize(("codec", "times"), [("sign", 1.0), ("random_k", 1.0), ("powersgd", 2**0.5)])
+def test_with_a_codec_the_noise_is_told_by_what_the_codec_sums(codec, times):
+    """In clips it would be wrong: the bound on a client's part of the sum is the codec's, and decoding follows."""
+    fixed = (*CLIENT, "privacy.noise_multiplier=1", "privacy.target_epsilon=unset")
+    plain, found = ask(*fixed), ask(*fixed, f"compression.name={codec}")
+    (phase,) = found["phases"]
+    assert "noise_in_model" not in phase
+    assert phase["noise_in_sums"] == pytest.approx(times * plain["phases"][0]["noise_in_model"])
+    assert f"the noise in the averages of {codec}" in "\n".join(lines(found))
+    assert found["epsilon"] == plain["epsilon"]
+
+
 def test_the_noise_in_the_model_is_that_of_independent_sums():
     found = ask(*CLIENT, "privacy.noise_multiplier=1", "privacy.target_epsilon=unset")
     assert found["phases"][0]["noise_in_model"] == pytest.approx((41 / 2) ** 0.5 / 20)

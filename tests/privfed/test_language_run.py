@@ -16,6 +16,7 @@ from privfed.config import parse_config
 from privfed.errors import ConfigError, DataError, ModelError
 from privfed.federation.progress import Silent
 from privfed.run import train
+from privfed.tuning import TUNINGS
 
 WORDS = ["cat", "dog", "horse", "cow", "sheep", "goat", "piano", "violin", "drum", "rain", "snow", "wind", "storm"]
 CHATML = (
@@ -60,7 +61,7 @@ def chat_gpt2(tiny_gpt2: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def language(model: Path, data: Path, form: str = "text", **tables: dict[str, Any]) -> Any:
+def language(model: Path, data: Path, form: str = "text", /, **tables: dict[str, Any]) -> Any:
     raw: dict[str, dict[str, Any]] = {
         "model": {"name": str(model), "task": "causal_lm", "max_length": 24},
         "data": {"path": str(data), "client": "owner", **FORMS[form]},
@@ -245,3 +246,41 @@ def test_a_real_model_tells_its_story_and_is_surprised_by_noise() -> None:
     assert (
         perplexity("Once upon a time, there was a little girl named Lily.") < 5 < 30 < perplexity("qzx jjv wwk qqp zzt")
     )
+
+
+@pytest.mark.parametrize("unit", ["none", "client"])
+def test_records_may_share_sequences_without_privacy_of_examples(tiny_gpt2: Path, tmp_path: Path, unit: str) -> None:
+    """Packed or not, the same run to rounding: each record counts as much, and none sees another."""
+    data = write_rows(tmp_path / "rows.jsonl")
+    found = []
+    for packing in (False, True):
+        config = language(
+            tiny_gpt2,
+            data,
+            model={"packing": packing},
+            client={"sampling_probability": None, "batch_size": 8},
+            privacy={"unit": unit} if unit == "client" else {"unit": "none", "noise_multiplier": None},
+            ledger={"path": str(tmp_path / f"ledger{packing}.sqlite")},
+        )
+        result = train(config, out=tmp_path / f"run{packing}")
+        evals = metrics(result.folder, "eval")
+        assert all(line["clients_metric"] == "perplexity" for line in evals)
+        assert all(1 < line["clients_mean"] <= line["clients_worst_tenth"] for line in evals)
+        assert packing == any("did not see each other" in note for note in result.receipt["notes"])
+        found.append(evals[-1]["perplexity"])
+    if unit == "none":
+        assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_soft_prompts_do_not_go_with_shared_sequences(tiny_gpt2: Path, tmp_path: Path) -> None:
+    config = language(
+        tiny_gpt2,
+        write_rows(tmp_path / "rows.jsonl"),
+        model={"packing": True},
+        client={"sampling_probability": None, "batch_size": 8},
+        privacy={"unit": "none", "noise_multiplier": None},
+        ledger={"path": str(tmp_path / "ledger.sqlite")},
+    )
+    prompt = config.model_copy(update={"tuning": TUNINGS.get("prompt_tuning").config(num_virtual_tokens=4)})
+    with pytest.raises(ModelError, match="soft prompt in front"):
+        train(prompt, out=tmp_path / "run")

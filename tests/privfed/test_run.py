@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from privfed.errors import BudgetExceededError, ConfigError, DataError, LedgerError, ResumeError
-from privfed.run import ledger_path, train
+from privfed.federation.opening import ledger_path
+from privfed.run import train
 
 # accounting by moments takes milliseconds where the tighter one takes seconds
 NOISE = {"target_epsilon": None, "noise_multiplier": 1.0, "accountant": "rdp"}

@@ -141,11 +141,13 @@ def thinned(roc: Mapping[str, Sequence[float]], most: int = ROC_POINTS) -> dict[
 
 def worker(connection: Any, folder: str, audit: bool, attacks: Sequence[str]) -> None:
     """Run the cells that come over ``connection`` until it closes; the entry point of a worker process."""
+    import signal
     import threading
     from multiprocessing import parent_process
 
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who stops a grid at the terminal stops it through its parent
     torch.set_num_threads(1)  # the bits of a result must not depend on how many cells run at once
     parent = parent_process()
     if parent is not None:

@@ -109,20 +109,6 @@ def read(message: bytes, *, length: int, codec: Codec) -> Received:
     )
 
 
-def signed_values(message: bytes, *, length: int) -> tuple[str, float, float, Signed]:
-    """Return (client id, weight, scale, values) of a message of ``length`` values that are added as they are.
-
-    Raises:
-        ProtocolError: If the message is malformed, sparse, or not of ``length`` values.
-    """
-    header, body = _opened(message)
-    if header.sparse or header.values != length or header.length != length:
-        raise ProtocolError(
-            f"The message holds {header.values} values of a vector of {header.length}, expected {length} of {length}."
-        )
-    return header.client_id, header.weight, header.scale, signed(_encoded(header, body))
-
-
 def signed(encoded: Encoded) -> Signed:
     """Return the values of an encoding without a ring, ready to add: signed integers, or floats."""
     if encoded.values_M.dtype == np.uint32:
@@ -277,7 +263,6 @@ __all__ = [
     "packed_size",
     "read",
     "signed",
-    "signed_values",
     "sum_of_one",
     "to_bytes",
     "unpack_bits",

@@ -30,14 +30,15 @@ class Score:
             (how often the likeliest token is the right one) and tokens, their number.
         n: Number of examples.
         per_class: Precision, recall and F1 of each class.
-        right_N: Of classes: 1 where the answer is right, else 0.
+        by_row: Of classes: 1 where the answer is right, else 0 [N]. Of tokens: an example's loss, added up over its
+            learned tokens, and their number [N, 2].
     """
 
     primary: str
     metrics: Mapping[str, float]
     n: int
     per_class: tuple[dict[str, Any], ...] = ()
-    right_N: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
+    by_row: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
 
     @property
     def value(self) -> float:
@@ -81,14 +82,21 @@ def _classes(
     return _class_score(predicted_N, examples.labels.numpy(), label_names, loss / max(1, len(examples)))
 
 
-def right_answers(
+def scores_by_row(
     module: nn.Module, examples: Examples, rows: NDArray[np.int64], *, size: int = 64
 ) -> NDArray[np.float64]:
-    """Return 1 where a classifier's answer to an example of ``rows`` is right, else 0, in the order of ``rows``."""
+    """Return ``Score.by_row`` of the examples ``rows``, in their order."""
+    module.eval()
+    if isinstance(examples, LanguageExamples):
+        losses_N2 = np.zeros((len(examples), 2))
+        with torch.no_grad():
+            for some in microbatches(examples, rows, size):
+                batch = examples.batch(some)
+                losses_N2[some] = _by_row(*token_losses(examples.logits(module, batch), batch))
+        return losses_N2[rows]
     if not isinstance(examples, LabelledExamples | FeatureExamples):
         raise TypeError(f"{type(examples).__name__} has no right answers.")
     truth_N, right_N = examples.labels.numpy(), np.zeros(len(examples), dtype=np.float64)
-    module.eval()
     with torch.no_grad():
         for some in microbatches(examples, rows, size):
             answers_B = examples.logits(module, examples.batch(some)).argmax(dim=1).cpu().numpy()
@@ -124,17 +132,18 @@ def _class_score(
         "majority": float(support.max() / max(1, len(truth_N))),
     }
     right_N = (predicted_N == truth_N).astype(np.float64)
-    return Score(primary="accuracy", metrics=metrics, n=len(truth_N), per_class=per_class, right_N=right_N)
+    return Score(primary="accuracy", metrics=metrics, n=len(truth_N), per_class=per_class, by_row=right_N)
 
 
 def _tokens(module: nn.Module, examples: LanguageExamples, size: int) -> Score:
-    loss, right, tokens = 0.0, 0, 0
+    loss, right, tokens, by_row = 0.0, 0, 0, np.zeros((len(examples), 2))
     for rows in microbatches(examples, np.arange(len(examples)), size):
         batch = examples.batch(rows)
         logits_BTV = examples.logits(module, batch)
         losses_BT, learned_BT = token_losses(logits_BTV, batch)
         loss += float(losses_BT.double().sum())
         tokens += int(learned_BT.sum())
+        by_row[rows] = _by_row(losses_BT, learned_BT)
         if batch.targets_BT is not None:
             right += int((logits_BTV.argmax(dim=2) == batch.targets_BT.to(logits_BTV.device)).sum())
     mean = loss / max(1, tokens)
@@ -144,4 +153,11 @@ def _tokens(module: nn.Module, examples: LanguageExamples, size: int) -> Score:
         "token_accuracy": right / max(1, tokens),
         "tokens": float(tokens),
     }
-    return Score(primary="perplexity", metrics=metrics, n=len(examples))
+    return Score(primary="perplexity", metrics=metrics, n=len(examples), by_row=by_row)
+
+
+def _by_row(losses_BT: torch.Tensor, learned_BT: torch.Tensor) -> NDArray[np.float64]:
+    """Return each example's loss over its learned tokens, and their number [B, 2]."""
+    sums = [values_BT.double().sum(dim=1) for values_BT in (losses_BT, learned_BT)]
+    found: NDArray[np.float64] = torch.stack(sums, dim=1).cpu().numpy()
+    return found

@@ -7,7 +7,7 @@ the run goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ class Following(Progress):
         self._plugin = TRACKERS.get(_name(config))
         self._tracker: Tracker | None = None
         self._read = 0
-        self._off = self._plugin.open is None
+        self._off = _name(config) == "none"
 
     def message(self, text: str) -> None:
         """Pass on."""
@@ -90,18 +90,18 @@ class Following(Progress):
         if self._off:
             return
         values, step = public_values(line, unit=self._config.privacy.unit)
-        self._guarded(lambda: self._open().log(values, step))
+        self._guarded(lambda: self._opened(values, step))
 
-    def _open(self) -> Tracker:
-        if self._tracker is None and self._plugin.open is not None:
+    def _opened(self, values: dict[str, float], step: int) -> None:
+        """Send figures; the tracker is opened when there are the first, for the run folder is there then."""
+        if self._tracker is None:
             facts = json.loads((self._folder / "run.json").read_text(encoding="utf-8"))
             run = TrackedRun(run_id=facts["run_id"], folder=self._folder, config=flat(self._config))
-            self._tracker = self._plugin.open(self._config.tracking, run)
-        if self._tracker is None:
-            raise RuntimeError("a run without tracker sends nothing")
-        return self._tracker
+            self._tracker = self._plugin.build(self._config.tracking, run)
+        if self._tracker is not None:
+            self._tracker.log(values, step)
 
-    def _guarded(self, send: Any) -> None:
+    def _guarded(self, send: Callable[[], None]) -> None:
         try:
             send()
         except self._plugin.failures() as error:

@@ -20,7 +20,8 @@ from torch import nn
 
 from privfed.errors import ClientError, DeadlineError
 from privfed.federation.pairs import only_training, write_named
-from privfed.models.examples import Examples, losses, microbatches
+from privfed.models.examples import Batch, Examples, losses, microbatches
+from privfed.models.language import LanguageExamples
 from privfed.privacy.noise import privatise_sum
 from privfed.privacy.per_example import PerExampleModel
 from privfed.rng import PrivateStream
@@ -70,6 +71,7 @@ class LocalTrainer:
         examples: All examples; a shard picks its rows.
         config: The ``[client]`` table.
         dp: Clip and noise of DP-SGD, or None for plain steps.
+        packing: Tokens of a sequence that several records of a language model share in plain steps; 0 for one each.
     """
 
     def __init__(
@@ -79,11 +81,13 @@ class LocalTrainer:
         examples: Examples,
         config: ClientConfig,
         dp: ExampleDp | None,
+        packing: int = 0,
     ) -> None:
         self.module = module
         self.examples = examples
         self.config = config
         self.dp = dp
+        self.packing = packing
         self._head_prefix = head_prefix
         # made on first use: only one phase at a time may hook the layers that phases share
         self._per_example: PerExampleModel | None = None
@@ -245,8 +249,13 @@ class LocalTrainer:
         for _, parameter in trained(self.module):
             parameter.grad = None
         for piece in microbatches(self.examples, rows, self.config.physical_batch_size):
-            loss = losses(self.examples, self.module, self.examples.batch(piece)).sum() / len(rows)
+            loss = losses(self.examples, self.module, self._batch(piece)).sum() / len(rows)
             loss.backward()  # type: ignore[no-untyped-call]
+
+    def _batch(self, rows: NDArray[np.int64]) -> Batch:
+        if self.packing and isinstance(self.examples, LanguageExamples):
+            return self.examples.packed(rows, self.packing)
+        return self.examples.batch(rows)
 
     def _private_gradient(self, rows: NDArray[np.int64], expected_batch: float, stream: PrivateStream) -> None:
         """Set ``grad`` to (sum of clipped per-example gradients + noise) / expected batch size.

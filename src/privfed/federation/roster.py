@@ -1,29 +1,28 @@
-"""The clients of a phase: shards by id, and a client made when it is asked for."""
+"""The clients of a phase, or their keys: shards by id, and what belongs to one made when it is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from privfed.types import Shard
 
-if TYPE_CHECKING:
-    from privfed.federation.client import Client
+T = TypeVar("T")
 
 
-class Roster(Mapping[str, "Client"]):
-    """All clients, in the order of their ids; each look-up makes the client anew, and none is kept.
+class Roster(Mapping[str, T]):
+    """All clients, in the order of their ids; each look-up makes what is asked for anew, and nothing is kept.
 
     Args:
         shards: One a client.
-        make: Makes the client of a shard.
+        make: Makes the client of a shard, or what else belongs to it.
     """
 
-    def __init__(self, shards: Sequence[Shard], make: Callable[[Shard], Client]) -> None:
+    def __init__(self, shards: Sequence[Shard], make: Callable[[Shard], T]) -> None:
         self._shards = {shard.client_id: shard for shard in sorted(shards, key=lambda shard: shard.client_id)}
         self._make = make
 
-    def __getitem__(self, client_id: str) -> Client:
+    def __getitem__(self, client_id: str) -> T:
         return self._make(self._shards[client_id])
 
     def __iter__(self) -> Iterator[str]:

@@ -24,7 +24,7 @@ PERSONAL_PARTS = (
 )
 
 CLIENTS = (
-    "clients_mean and clients_worst_tenth, of each client's accuracy on {basis}, are simulation figures: computed from "
+    "clients_mean and clients_worst_tenth, of each client's {metric} on {basis}, are simulation figures: computed from "
     "the clients' data without noise, and not part of the release."
 )
 
@@ -80,5 +80,5 @@ def notes(stage: Stage) -> tuple[str, ...]:
         shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
         found.append(PERSONAL_PARTS.format(names=shown))
     if stage.fairness is not None:
-        found.append(CLIENTS.format(basis=stage.fairness.basis))
+        found.append(CLIENTS.format(metric=stage.fairness.metric, basis=stage.fairness.basis))
     return tuple(found)

@@ -98,7 +98,8 @@ def make_stages(
                 else plan.noise_multiplier * phase_plan.noise_scale,
             )
         sharing = sharing_of(config, module, prefix, client, server)
-        trainer = LocalTrainer(module, prefix, train, client, dp)
+        packing = config.model.max_length if config.model.packing else 0
+        trainer = LocalTrainer(module, prefix, train, client, dp, packing)
         phase = _phase(config, material, phase_plan, server, sharing, trainer, plan, holder, own)
         if transcript is not None:
             phase = replace(phase, recorder=_recorder(config, phase, transcript, plan, holder))
@@ -283,10 +284,13 @@ def _store(sharing: Sharing, codec: Codec, own: Path | None, phase: str) -> Pers
     return PersonalStore(own if phase == TRAIN else own.with_name(f"{own.name}-{phase}"))
 
 
-def _identities(material: Material, holder: Holder) -> dict[str, Identity]:
+def _identities(material: Material, holder: Holder) -> Mapping[str, Identity]:
     """Return the signing keys that the holder gives its clients for this run; a resumed run has the same."""
-    names = [shard.client_id for shard in material.shards]
-    return {name: Identity.from_seed(holder.stream("identity", name).bytes(32)) for name in names}
+
+    def identity(shard: Shard) -> Identity:
+        return Identity.from_seed(holder.stream("identity", shard.client_id).bytes(32))
+
+    return Roster(material.shards, identity)
 
 
 def _weight(size: int, largest: int) -> float:

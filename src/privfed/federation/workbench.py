@@ -16,6 +16,7 @@ from privfed.federation.phases import TRAIN, WARM_START, phases
 from privfed.federation.planted import GivenGradients, PlantedExamples, given_gradients
 from privfed.federation.shared import NOTHING, SharedWork
 from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples
+from privfed.models.language import LanguageExamples, packs_are_apart
 from privfed.models.loading import LoadedModel
 from privfed.models.prefix import attach, find_prefix
 from privfed.rng import experiment_rng, experiment_seed
@@ -36,6 +37,7 @@ class Workbench:
 
     Attributes:
         planted: The training examples with canaries of given gradients behind them; None without such canaries.
+        packing: What the receipt says of records that share a sequence; empty where none do.
     """
 
     loaded: LoadedModel
@@ -43,6 +45,7 @@ class Workbench:
     train: ModelExamples
     test: ModelExamples
     planted: PlantedExamples | None = None
+    packing: str = ""
     shared: SharedWork = NOTHING
 
 
@@ -71,11 +74,29 @@ def build(config: RunConfig, material: Material, progress: Progress, shared: Sha
         test=examples(material.dataset.test),
         shared=shared,
     )
-    if config.model.dropout == 0.0 and not config.model.gradient_checkpointing:  # which is to save memory, not time
+    if config.model.packing and isinstance(bench.train, LanguageExamples):
+        bench = replace(bench, packing=_packing(bench, progress))
+    elif config.model.dropout == 0.0 and not config.model.gradient_checkpointing:  # which is to save memory, not time
         _cache_frozen(bench, config.model.cache_frozen_gib, progress)
     if material.canaries is None or material.canaries.loss == "model":
         return bench
     return replace(bench, planted=planted(config, bench, material.canaries))
+
+
+def _packing(bench: Workbench, progress: Progress) -> str:
+    """Return what is true of records that share a sequence in this model, as the receipt says it; tried out here.
+
+    Raises:
+        ModelError: If the model cannot be trained on such sequences.
+    """
+    if isinstance(bench.train, LanguageExamples) and packs_are_apart(bench.tuned.model, bench.train):
+        return "Records were packed into shared sequences and did not see each other."
+    note = (
+        "Records were packed into shared sequences, in which this model lets each see those before it (all of one "
+        "client): its losses in training are not those of records alone."
+    )
+    progress.message(f"Warning: {note}")
+    return note
 
 
 def planted(config: RunConfig, bench: Workbench, canaries: Canaries) -> PlantedExamples:

@@ -30,6 +30,10 @@ class ModelConfig(Table):
             backward pass: less memory, about a third more time. Turns the cache of frozen blocks off.
         quantization: Load the frozen base weights in 4 or 8 bits (needs bitsandbytes); adapters stay in float32.
             8 bits are refused with example-level privacy, for the same reason.
+        packing: Train a causal language model on sequences of up to ``max_length`` tokens, each of several records of
+            one client. Records do not see each other where the model can tell them apart by their positions (it is
+            tried, and the receipt says so), and each counts as much as without. Turns the cache of frozen blocks off.
+            Refused with example-level privacy.
         cache_frozen_gib: Where the first transformer blocks are frozen, run them once over the data and keep their
             output, if it takes no more than this (4 bytes x hidden width a token); 0 to run them every time.
     """
@@ -43,4 +47,5 @@ class ModelConfig(Table):
     autocast: Literal["none", "bf16"] = "none"
     gradient_checkpointing: bool = False
     quantization: Literal["none", "4bit", "8bit"] = "none"
+    packing: bool = False
     cache_frozen_gib: float = Field(default=2.0, ge=0.0)

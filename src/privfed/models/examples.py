@@ -45,6 +45,8 @@ class Batch:
         states_BSH: States of a frozen prefix.
         positions_BT: Where the loss is over tokens: the positions whose output predicts a target.
         targets_BT: The tokens there; -100 (``cross_entropy``'s "ignore") fills up.
+        owners_BT: Where a row holds several examples: which of the batch's each target belongs to, -1 for none.
+        learned_N: Then, the number of targets of each example.
     """
 
     inputs: Any
@@ -52,6 +54,8 @@ class Batch:
     states_BSH: torch.Tensor | None = None
     positions_BT: torch.Tensor | None = None
     targets_BT: torch.Tensor | None = None
+    owners_BT: torch.Tensor | None = None
+    learned_N: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``; itself where it is there."""

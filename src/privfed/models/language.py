@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from privfed.errors import ModelError
 from privfed.models.examples import PROBE_TOKENS, PROBES, Batch, ModelExamples, Rows, device_of, padded
 
 IGNORED = -100
@@ -76,7 +77,43 @@ class LanguageExamples(ModelExamples):
     def losses(self, module: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the mean cross-entropy [B] over each example's own learned tokens; 0 where it has none."""
         losses_BT, learned_BT = token_losses(self.logits(module, batch), batch)
-        return losses_BT.sum(dim=1) / learned_BT.sum(dim=1).clamp(min=1)
+        if batch.owners_BT is None or batch.learned_N is None:
+            return losses_BT.sum(dim=1) / learned_BT.sum(dim=1).clamp(min=1)
+        learned_N = batch.learned_N.to(losses_BT.device)
+        return by_owner(losses_BT, batch.owners_BT, len(learned_N)) / learned_N.clamp(min=1)
+
+    def packed(self, rows: Rows, longest: int) -> Batch:
+        """Return the examples ``rows`` in sequences of at most ``longest`` tokens, or as long as the longest of them.
+
+        Positions start anew with each example. A model of transformers that makes its mask of them lets no token see
+        those of another example; there is no attention mask, which would tell it otherwise. Longer examples are placed
+        first, each where it first fits.
+        """
+        chosen = [self._sequences[row] for row in rows]
+        packs = _packs([len(each.ids) for each in chosen], longest)
+        width = max(sum(len(chosen[n].ids) for n in pack) for pack in packs)
+        most = max(1, *(sum(int(chosen[n].learned.sum()) for n in pack) for pack in packs))
+        ids, places = (np.zeros((len(packs), width), dtype=np.int64) for _ in range(2))
+        positions, targets, owners = (np.full((len(packs), most), fill, dtype=np.int64) for fill in (0, IGNORED, -1))
+        ids[:] = int(self.tokenizer.pad_token_id)
+        for row, pack in enumerate(packs):
+            start = done = 0
+            for number in pack:
+                sequence, learned = chosen[number], np.flatnonzero(chosen[number].learned)
+                ids[row, start : start + len(sequence.ids)] = sequence.ids
+                places[row, start : start + len(sequence.ids)] = np.arange(len(sequence.ids))
+                here = slice(done, done + len(learned))
+                positions[row, here], targets[row, here] = start + learned - 1, sequence.ids[learned]
+                owners[row, here] = number
+                start, done = start + len(sequence.ids), here.stop
+            places[row, start:] = np.arange(width - start)  # what fills up is a record of its own
+        return Batch(
+            {"input_ids": torch.from_numpy(ids), "position_ids": torch.from_numpy(places)},
+            positions_BT=torch.from_numpy(positions),
+            targets_BT=torch.from_numpy(targets),
+            owners_BT=torch.from_numpy(owners),
+            learned_N=torch.tensor([int(each.learned.sum()) for each in chosen]),
+        )
 
     def probe(self, classes: int) -> LanguageExamples:
         """Return three made-up sequences of different lengths, of which one starts with tokens that are not learned."""
@@ -108,6 +145,57 @@ def token_losses(logits_BTV: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, 
     # flat: the version over [B, V, T] has no deterministic kernel on a GPU
     flat = cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none")
     return flat.view_as(targets_BT), targets_BT != IGNORED
+
+
+def by_owner(values_BT: torch.Tensor, owners_BT: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the sum of the values of each of ``count`` examples [N]; a product, which a GPU adds up in one order."""
+    numbers_N = torch.arange(count, device=values_BT.device)
+    picks = owners_BT.to(values_BT.device).flatten() == numbers_N[:, None]
+    return picks.to(values_BT.dtype) @ values_BT.flatten()
+
+
+def packs_are_apart(module: nn.Module, examples: LanguageExamples) -> bool:
+    """Return whether examples that share a sequence get the losses that they get alone, on made-up ones.
+
+    Raises:
+        ModelError: If the model cannot be given positions, or puts a soft prompt in front of each sequence.
+    """
+    prompted = getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False)
+    if prompted:
+        raise ModelError(
+            "model.packing = true with a tuning that puts a soft prompt in front of a sequence: of the records packed "
+            'into one, only the first would follow it; set model.packing = false, or use tuning.name = "ffa_lora".'
+        )
+    probe = examples.probe(0)
+    rows, training = np.arange(len(probe)), module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            alone = probe.losses(module, probe.batch(rows))
+            together = probe.losses(module, probe.packed(rows, int(probe.lengths.sum())))
+    except TypeError as error:
+        raise ModelError(
+            f"model.packing = true: {type(module).__name__} takes no position_ids, by which packed records start anew; "
+            "set model.packing = false."
+        ) from error
+    finally:
+        module.train(training)
+    return torch.allclose(alone, together, rtol=1e-3, atol=1e-4)
+
+
+def _packs(lengths: Sequence[int], longest: int) -> list[list[int]]:
+    """Return the numbers of the examples in each pack: longer ones first, each in the first pack with room."""
+    packs: list[list[int]] = []
+    room: list[int] = []
+    capacity = max(longest, *lengths)
+    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        place = next((n for n, left in enumerate(room) if left >= lengths[number]), len(packs))
+        if place == len(packs):
+            packs.append([])
+            room.append(capacity)
+        packs[place].append(number)
+        room[place] -= lengths[number]
+    return packs
 
 
 def last_stretch(learned: NDArray[np.bool_]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from privfed import objects
 from privfed.errors import ModelError
+from privfed.models.loading import quiet_transformers
 from privfed.models.sources import ModelSource
 from privfed.models.tasks import TASKS
 from privfed.types import Task
@@ -47,7 +48,8 @@ def hand_over(model: Any, part: Any, task: Task) -> objects.Handed:
         digest = content_digest(model, folder)
         known = objects.find(objects.PREFIX + digest)
         if known is None:
-            model.save_pretrained(folder)
+            with quiet_transformers():
+                model.save_pretrained(folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -64,6 +64,7 @@ class Eval(_Line):
     token_accuracy: float | None = None
     loss: float | None = None
     n: int | None = None
+    clients_metric: str = ""
     clients_mean: float | None = None
     clients_worst_tenth: float | None = None
     clients_scored: int | None = None

@@ -26,7 +26,8 @@ class NormBoundConfig(Table):
     Attributes:
         action: ``clip`` scales a longer update down to the limit, ``filter`` leaves it out.
         max_norm: The limit; unset: ``factor`` times the median of the round's norms.
-        factor: Read where ``max_norm`` is unset.
+        factor: Read where ``max_norm`` is unset. To clip, 1 lets a wrong update count least; to filter, 1 would leave
+            out half of the honest ones.
     """
 
     name: Literal["norm_bound"] = "norm_bound"

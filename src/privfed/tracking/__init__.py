@@ -62,13 +62,13 @@ class TrackerPlugin:
 
     Attributes:
         config: Its table.
-        open: Opens it for a run; None for no tracker.
+        build: Opens it for a run; may return None, for no tracker.
         package: The package that has to be there, and the extra of privfed that brings it.
         failures: Returns the exceptions by which the tracker fails; the run then goes on without it.
     """
 
     config: type[Table]
-    open: Callable[[Any, TrackedRun], Tracker] | None = None
+    build: Callable[[Any, TrackedRun], Tracker | None]
     package: str | None = None
     failures: Callable[[], tuple[type[Exception], ...]] = lambda: (OSError,)
 

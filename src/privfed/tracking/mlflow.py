@@ -87,4 +87,4 @@ def failures() -> tuple[type[Exception], ...]:
     return MlflowException, OSError
 
 
-TRACKERS.register("mlflow")(TrackerPlugin(config=MlflowConfig, open=start, package="mlflow", failures=failures))
+TRACKERS.register("mlflow")(TrackerPlugin(config=MlflowConfig, build=start, package="mlflow", failures=failures))

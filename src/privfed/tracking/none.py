@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from privfed.table import Table
-from privfed.tracking import TRACKERS, TrackerPlugin
+from privfed.tracking import TRACKERS, TrackedRun, TrackerPlugin
 
 
 class NoTrackerConfig(Table):
@@ -14,4 +14,8 @@ class NoTrackerConfig(Table):
     name: Literal["none"] = "none"
 
 
-TRACKERS.register("none")(TrackerPlugin(config=NoTrackerConfig))
+def start(config: NoTrackerConfig, run: TrackedRun) -> None:
+    """Return no tracker."""
+
+
+TRACKERS.register("none")(TrackerPlugin(config=NoTrackerConfig, build=start))

@@ -55,4 +55,4 @@ def start(config: TensorBoardConfig, run: TrackedRun) -> TensorBoard:
     return TensorBoard(writer)
 
 
-TRACKERS.register("tensorboard")(TrackerPlugin(config=TensorBoardConfig, open=start, package="tensorboard"))
+TRACKERS.register("tensorboard")(TrackerPlugin(config=TensorBoardConfig, build=start, package="tensorboard"))

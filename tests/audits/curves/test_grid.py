@@ -24,7 +24,7 @@ from privfed_audits.curves.grid import AS_BASE, Grid, grid_presets, load_grid, p
         ({"reference": "DoRA"}, "reference = 'DoRA' is no tuning of the grid: LoRA, FFA-LoRA"),
         ({"when": [{"tuning": ["Lora"], "settings": ["a=1"]}]}, r"names the tuning 'Lora'.*Did you mean 'LoRA'\?"),
         ({"when": [{"tuning": ["LoRA"]}]}, r"when\.0\.settings"),
-        ({"when": [{"model": ["x"], "settings": ["a=1"]}]}, r"Unknown key 'when\.0\.model' of a grid\. .*settings"),
+        ({"when": [{"zzz": ["x"], "settings": ["a=1"]}]}, r"Unknown key 'when\.0\.zzz' of a grid\. Known: .*settings"),
         ({"codec": {"float32": "compression.name=identity"}}, r"codec\.float32 = "),
     ],
 )

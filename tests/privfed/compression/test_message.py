@@ -12,16 +12,26 @@ from hypothesis import strategies as st
 from loop import CASES, LENGTH, at, stream
 
 from privfed.compression import CODECS
-from privfed.compression.message import pack_bits, read, signed_values, to_bytes, unpack_bits
+from privfed.compression.message import pack_bits, read, to_bytes, unpack_bits
 from privfed.compression.positions import pack_positions, positions_size, unpack_positions
 from privfed.errors import ProtocolError
 from privfed.rng import PrivateStream
 
 
-def encoded(name="stochastic_quantizer", length=101, **options):
+def codec_of(name="stochastic_quantizer", **options):
     plugin = CODECS.get(name)
+    return plugin.build(plugin.config(**options), None)
+
+
+def encoded(length=101, **options):
     vector_D = np.random.default_rng(3).uniform(-0.05, 0.05, length).astype(np.float32)
-    return plugin.build(plugin.config(**options), None).encode(vector_D, PrivateStream(bytes(32), "message"))
+    return codec_of(**options).encode(vector_D, PrivateStream(bytes(32), "message"))
+
+
+def received(data, *, length, **options):
+    """Return (client id, weight, scale, values) of a message that is read as one of a codec with these options."""
+    got = read(data, length=length, codec=codec_of(**options))
+    return got.client_id, got.weight, got.scale, got.values
 
 
 def message(**options):
@@ -42,7 +52,7 @@ def test_packing_is_exact_and_has_no_gaps(bits, data):
 @pytest.mark.parametrize("bits", range(1, 17))
 def test_round_trip_of_every_width(bits):
     one = encoded(bits=bits)
-    client, weight, scale, values_D = signed_values(to_bytes(one, client_id="c", weight=0.5), length=101)
+    client, weight, scale, values_D = received(to_bytes(one, client_id="c", weight=0.5), length=101, bits=bits)
     assert (client, weight, scale) == ("c", 0.5, one.scale)
     original_D = np.random.default_rng(3).uniform(-0.05, 0.05, 101).astype(np.float32)
     if bits == 1:  # a bit that is set stands for -1
@@ -51,8 +61,10 @@ def test_round_trip_of_every_width(bits):
 
 
 def test_round_trip_of_floats():
-    one = encoded("identity")
-    client, weight, scale, values_D = signed_values(to_bytes(one, client_id="hospital é", weight=1.0), length=101)
+    one = encoded(name="identity")
+    client, weight, scale, values_D = received(
+        to_bytes(one, client_id="hospital é", weight=1.0), length=101, name="identity"
+    )
     assert (client, weight, scale) == ("hospital é", 1.0, 1.0)
     assert np.array_equal(values_D.astype(np.float32), one.values_M)
 
@@ -72,18 +84,18 @@ def test_bytes_on_the_wire_shrink_with_the_bits():
 @pytest.mark.parametrize("options", [{"bits": 5}, {"bits": 8}, {"bits": 16}, {"name": "identity"}], ids=str)
 def test_a_message_cut_anywhere_or_too_long_is_refused(options):
     whole = message(length=23, **options)
-    signed_values(whole, length=23)
+    received(whole, length=23, **options)
     for size in range(len(whole)):
         with pytest.raises(ProtocolError):
-            signed_values(whole[:size], length=23)
+            received(whole[:size], length=23, **options)
     with pytest.raises(ProtocolError):
-        signed_values(whole + b"\0", length=23)
+        received(whole + b"\0", length=23, **options)
 
 
 def test_a_message_of_another_length_is_refused():
     for length in (0, 100, 102):
         with pytest.raises(ProtocolError, match="expected"):
-            signed_values(message(), length=length)
+            received(message(), length=length)
 
 
 def forged(fields, payload=bytes(12)):
@@ -115,22 +127,22 @@ def changed(place, value):
 )  # fmt: skip
 def test_a_forged_header_is_refused_by_name(fields):
     """Whatever a client sends, the server answers with a ProtocolError, never with another exception."""
-    signed_values(forged(GOOD), length=3)
+    received(forged(GOOD), length=3, name="identity")
     with pytest.raises(ProtocolError):
-        signed_values(forged(fields), length=3)
+        received(forged(fields), length=3, name="identity")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_floats_that_are_not_finite_are_refused_on_arrival_too(bad):
     payload = np.array([0.0, bad, 1.0], dtype="<f4").tobytes()
     with pytest.raises(ProtocolError, match="NaN or infinity"):
-        signed_values(forged(GOOD, payload), length=3)
+        received(forged(GOOD, payload), length=3, name="identity")
 
 
 @given(noise=st.binary(max_size=80))
 def test_random_bytes_are_refused(noise):
     with pytest.raises(ProtocolError):
-        signed_values(noise, length=3)
+        received(noise, length=3, name="identity")
 
 
 @given(place=st.integers(0, 200), flip=st.integers(1, 255))
@@ -138,7 +150,7 @@ def test_a_changed_byte_gives_a_message_or_a_protocol_error(place, flip):
     damaged = bytearray(message(length=23, bits=5))
     damaged[place % len(damaged)] ^= flip
     try:
-        client, weight, scale, values_D = signed_values(bytes(damaged), length=23)
+        client, weight, scale, values_D = received(bytes(damaged), length=23, bits=5)
     except ProtocolError:
         return
     assert isinstance(client, str) and weight >= 0 and np.isfinite(scale)
@@ -205,13 +217,13 @@ def test_random_bytes_are_refused_by_every_codec(case, noise):
 @pytest.mark.parametrize("count", [2**30, 2**62])
 def test_a_header_that_claims_much_allocates_nothing(sparse, count):
     """A message of a few bytes says that it holds a gigabyte, or more than there is."""
-    claim = forged([2, "c", "top_k" if sparse else "identity", 1, 32, 1.0, count, count, 1.0, sparse])
-    made = at("top_k" if sparse else "identity")
+    name = "top_k" if sparse else "identity"
+    claim, made = forged([3, "c", name, 1, 32, 1.0, count, count, 1.0, sparse, b""]), at(name)
     tracemalloc.start()
     try:
-        for attempt in (lambda: signed_values(claim, length=count), lambda: read(claim, length=LENGTH, codec=made)):
-            with pytest.raises(ProtocolError):
-                attempt()
+        for length in (count, LENGTH):
+            with pytest.raises(ProtocolError, match="payload has 12 bytes"):
+                read(claim, length=length, codec=made)
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()

@@ -59,6 +59,24 @@ def test_a_class_without_test_rows_is_left_out() -> None:
     assert (scores.scored, scores.mean) == (1, pytest.approx(0.75))
 
 
+def test_language_models_are_scored_by_the_perplexity_of_own_rows() -> None:
+    """Over all tokens of a client, not a mean of rows; the worst are those with the highest."""
+    losses = np.array([[2.0, 1], [6.0, 3], [8.0, 2], [0.0, 0], [1.0, 1], [9.0, 1], [0.0, 0]])
+    clients = ["a", "a", "b", "b", "x", "x", "c"]
+    fairness = _made(train_labels=None, test_labels=None, test_clients=clients)
+    scores = fairness.shared(losses)
+    assert scores is not None
+    assert (scores.metric, scores.scored, scores.basis) == ("perplexity", 2, OWN_ROWS)
+    assert scores.mean == pytest.approx((np.exp(8 / 4) + np.exp(8 / 2)) / 2)
+    assert scores.worst_tenth == pytest.approx(np.exp(4.0))
+    better = fairness.personal(losses, lambda client, rows: losses[rows] / [2, 1] if client == "b" else None)
+    assert better is not None
+    assert better.worst_tenth == pytest.approx(np.exp(2.0))
+    endless = fairness.shared(losses * [1000, 1])
+    assert endless is not None
+    assert endless.record()["clients_mean"] is None
+
+
 @pytest.mark.parametrize("missing", ["train_labels", "test_labels"])
 def test_without_classes_nothing_is_said(missing: str) -> None:
     given = {"train_labels": TEST_LABELS, "test_labels": TEST_LABELS, missing: None}
@@ -113,7 +131,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from privfed.federation.engines import in_process
 
     found: list[int] = []
-    one, own = evaluate.evaluate, evaluate.right_answers
+    one, own = evaluate.evaluate, evaluate.scores_by_row
 
     def counted(module: Any, examples: Any, *rest: Any) -> Any:
         found.append(len(examples))
@@ -124,7 +142,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return own(module, examples, rows)
 
     monkeypatch.setattr(in_process, "evaluate", counted)
-    monkeypatch.setattr(in_process, "right_answers", counted_own)
+    monkeypatch.setattr(in_process, "scores_by_row", counted_own)
     return found
 
 

@@ -109,6 +109,33 @@ def test_a_roster_makes_each_client_when_it_is_asked_for() -> None:
         roster["x"]
 
 
+def test_keys_are_made_for_the_cohort_alone_and_are_the_same_each_time(
+    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from privfed.secagg import Identity
+
+    made: list[bytes] = []
+    from_seed = Identity.from_seed
+
+    def counted(seed: bytes) -> Identity:
+        made.append(seed)
+        return from_seed(seed)
+
+    monkeypatch.setattr(Identity, "from_seed", staticmethod(counted))
+    run = federation(
+        privacy={"unit": "none", "noise_multiplier": None},
+        partition={"name": "iid", "clients": 8},
+        server={"cohort_size": 4},
+        secagg={"name": "masked"},
+    )
+    assert made == [] and len(run.phase.identities) == 8
+    _, report = run.round()
+    assert report.survivors == len(made) == len(set(made)) == 4
+    one = run.phase.identities["client-0"]
+    assert one is not run.phase.identities["client-0"]
+    assert one.public == run.phase.identities["client-0"].public != run.phase.identities["client-1"].public
+
+
 def test_balanced_cohorts_are_those_of_the_plain_definition() -> None:
     from privfed.rng import experiment_rng
 

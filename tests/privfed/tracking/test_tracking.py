@@ -132,7 +132,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> str:
         return Failing()
 
     TRACKERS.names()  # loads the others first
-    monkeypatch.setitem(TRACKERS._entries, "failing", TrackerPlugin(config=FailingConfig, open=start))
+    monkeypatch.setitem(TRACKERS._entries, "failing", TrackerPlugin(config=FailingConfig, build=start))
     return "failing"
 
 

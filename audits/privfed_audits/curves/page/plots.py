@@ -101,7 +101,7 @@ def leakage_plot(found: Results, style: Style) -> Plot | None:
     _add_ceilings(figure, found)
     _epsilon_axis(figure, style)
     figure.update_yaxes(title="found by attack (lower bound)", range=[-0.3, _ceiling_of(found, style)])
-    top = max(leak for point in found.points if (leak := _most(point)) is not None)
+    top = max(most for point in found.points if (most := _most(point)) is not None)
     return Plot(
         name="leakage",
         title="What attacks prove, against what is promised",
@@ -265,7 +265,7 @@ def _add_roc(figure: go.Figure, point: Point, view: str, style: Style) -> float:
                 meta=meta,
             )
         )
-    return min(fpr)
+    return float(min(fpr))
 
 
 def front_plot(found: Results, style: Style, against: str) -> Plot | None:

@@ -17,9 +17,9 @@ from privfed.config import RunConfig
 from privfed.errors import ConfigError
 from privfed.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from privfed.federation.client import Holder
-from privfed.federation.evaluate import Score, evaluate, right_answers
+from privfed.federation.evaluate import Score, evaluate, scores_by_row
 from privfed.federation.exchange import Connect, Exchange
-from privfed.federation.fairness import Right
+from privfed.federation.fairness import ByRow
 from privfed.federation.folder import RunFolder
 from privfed.federation.meter import NOTE, MeterReading
 from privfed.federation.pairs import read_named, write_named
@@ -115,14 +115,14 @@ def set_state(stage: Stage, state: ServerState) -> None:
     write_named(stage.module, state.carried)
 
 
-def own_answers(stage: Stage, state: ServerState, client_id: str, rows: NDArray[np.int64]) -> Right | None:
-    """Return which answers of a client's own model to these test rows are right; None if it has no model yet."""
+def own_answers(stage: Stage, state: ServerState, client_id: str, rows: NDArray[np.int64]) -> ByRow | None:
+    """Return how a client's own model does on these test rows; None if it has no model yet."""
     phase = stage.phase
     own = phase.store.load(client_id, before=state.round + 1) if phase.store else {}
     if PERSONAL not in own:
         return None
     write_flat(stage.module, phase.sharing.personal.put(state.params_D, own[PERSONAL]))
-    return right_answers(stage.module, stage.test, rows)
+    return scores_by_row(stage.module, stage.test, rows)
 
 
 @dataclass(slots=True)
@@ -187,15 +187,15 @@ class _Loop:
         self.progress.evaluated(name, state.round, score.primary, score.value)
         return score
 
-    def _clients(self, state: ServerState, score: Score) -> dict[str, float | int | str]:
+    def _clients(self, state: ServerState, score: Score) -> dict[str, float | int | str | None]:
         """Return how evenly the clients are served, as far as that can be said."""
         stage, fairness = self.stage, self.stage.fairness
         if fairness is None:
             return {}
         if stage.phase.store is None or not stage.phase.sharing.personal.size:
-            found = fairness.shared(score.right_N)
+            found = fairness.shared(score.by_row)
         else:
-            found = fairness.personal(score.right_N, partial(own_answers, stage, state))
+            found = fairness.personal(score.by_row, partial(own_answers, stage, state))
             set_state(stage, state)
         if found is None:
             return {}
