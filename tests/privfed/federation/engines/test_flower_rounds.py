@@ -196,7 +196,8 @@ def test_a_round_that_is_repeated_is_not_unmasked_for_other_survivors(
     lab.broken = lambda site, ask, _lab: site == "site-3" and ask.kind == "train" and next(first) == 0
     rounds = _rounds(_deployed(config, lab, tmp_path / "run", resume=True))
     assert rounds[0]["lost"]
-    assert rounds[1]["survivors"] == 4
+    assert rounds[1]["lost"] is None
+    assert rounds[1]["survivors"] >= 3  # the site that was cut off is asked to open the run again meanwhile
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ twice nor answers a round that is over.
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ CREATE TABLE IF NOT EXISTS sums (run_id TEXT, phase INTEGER, round INTEGER, surv
 
 
 class SiteMemory:
-    """One SQLite file; see the module.
+    """One SQLite file, safe to share between threads; see the module.
 
     Args:
         path: Made where it is missing.
@@ -34,9 +35,9 @@ class SiteMemory:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._lock = path, threading.Lock()
         with self._translated():
-            self._database = sqlite3.connect(path, timeout=30.0, isolation_level=None)
+            self._database = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
             self._database.executescript(_SCHEMA)
@@ -135,7 +136,7 @@ class SiteMemory:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._translated():
+        with self._lock, self._translated():
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield
