@@ -11,24 +11,33 @@ PRESET ?= demo
 JOBS ?= 2
 PIP_ARGS ?=
 BROWSER ?= auto
+EXTRAS := demo,dev,flower,generation,hub
+# what only tests need, so that a first run does not wait for it
+TEST_EXTRAS := mlflow,notebooks,tensorboard
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.privfed-setup
+TEST_STAMP := $(VENV)/.privfed-test-setup
 TORCH := $(shell grep -m 1 '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS)
 # one thread a test process: more processes, not more threads, use the cores
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint docs docs-check bench clean browser
+.PHONY: help setup demo flower-demo test check lint docs docs-check bench clean browser dist sbom test-lowest notebooks
 .SUFFIXES:
 
 help:
 	@echo "make demo    set up, train the demo (PRESET=$(PRESET)) and write its report"
 	@echo "make test    set up and run every test"
+	@echo "make flower-demo  the demo with four sites over Flower, on this machine"
 	@echo "make check   everything a change has to pass: style, types, imports, tests, docs"
 	@echo "make docs    build the documentation into site/"
 	@echo "make bench   run every benchmark"
+	@echo "make dist    build wheel and source archive into dist/ and check them"
+	@echo "make sbom    write what the environment is made of to dist/privfed.cdx.json (CycloneDX)"
+	@echo "make test-lowest   a part of the tests with the lowest torch, transformers and peft allowed"
+	@echo "make notebooks     run the notebooks again and store their outputs"
 	@echo "make setup   only set up: $(VENV) with the versions of constraints.txt"
 	@echo "make clean   remove $(VENV), caches and build outputs; runs/ is never touched"
 
@@ -41,7 +50,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	$(PIP) $(TORCH)
-	$(PIP) -c constraints.txt -e ".[demo,dev,flower,generation]"
+	$(PIP) -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(TEST_STAMP): $(STAMP)
+	$(PIP) -c constraints.txt -e ".[$(TEST_EXTRAS)]"
 	@touch $@
 
 # The next free folder (runs/demo, runs/demo-2, ...); a run that was interrupted is continued.
@@ -61,7 +74,11 @@ browser:
 	    >/dev/null 2>&1 || echo "It could not be installed: the browser tests will be skipped."; \
 	fi
 
-test: setup browser
+# The demo over Flower on loopback: TLS, node authentication, four sites; compared with the run in one process.
+flower-demo: setup
+	PRIVFED=$(BIN)/privfed PYTHON=$(BIN)/python benchmarks/flower_demo.sh runs/flower-demo
+
+test: $(TEST_STAMP) browser
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: setup
@@ -81,9 +98,36 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 	@echo "Open site/index.html"
 
+# --no-isolation: built with the pinned hatchling, and no download
+dist: setup
+	$(PIP) -c constraints.txt -e ".[release]"
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/release
+
+sbom: setup
+	$(PIP) -c constraints.txt -e ".[release]"
+	@mkdir -p dist
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
+	  --output-format JSON --output-file dist/privfed.cdx.json $(BIN)/python
+	@echo "Wrote dist/privfed.cdx.json"
+
+# its own environment, LOWEST_VENV; several GB on Linux, where the lowest torch comes with its GPU libraries
+LOWEST_VENV ?= .venv-lowest
+test-lowest:
+	test -x $(LOWEST_VENV)/bin/python || $(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip --disable-pip-version-check install $(PIP_ARGS) \
+	  $$($(PYTHON) tests/release/lowest.py) -e ".[demo,hub]" pytest pytest-timeout hypothesis
+	$(ONE_THREAD) $(LOWEST_VENV)/bin/python -m pytest -q tests/privfed/test_run.py tests/privfed/test_export.py \
+	  tests/privfed/models tests/privfed/tuning/test_tunings.py
+
+notebooks: $(TEST_STAMP)
+	$(BIN)/python notebooks/run.py notebooks/*.ipynb
+
 bench: setup
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
 
 clean:
-	rm -rf $(VENV) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find src attacks audits tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) $(LOWEST_VENV) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src attacks audits tests benchmarks docs notebooks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,95 +1,121 @@
-"""Gradient matching, one text at a time, and every tuning and codec under the attacks that fit it.
+"""Gradient matching, one text at a time, and every tuning under the attacks that fit it.
 
-    python benchmarks/attacks_matching.py                          # B = 1: each tuning, each objective
-    python benchmarks/attacks_matching.py --texts 20 --json        # with intervals
-    python benchmarks/attacks_matching.py --table codecs           # 4 texts, 5 rounds, LoRA: each codec
+    python benchmarks/attacks_matching.py                       # go on with 20 texts each, and print the tables
+    python benchmarks/attacks_matching.py --only matching --show
+    python benchmarks/attacks_matching.py --only best           # 2 texts: each tuning, the best attack and the prior
+    python benchmarks/attacks_matching.py --package             # with TAG of the package breaching beside ours
 
-``bag`` is the recall of the text's tokens, each counted as often as it is there; ``prior`` sees no update. With one
-text DLG is ``l2`` and TAG is ``tag``, without the penalty, the moves and the words tried at the end; ``cosine`` here
-has all of them. The adapter and LoRA are attacked after ``--warm`` rounds, for at the start B is 0.
+*matching*: B = 1, texts of 6 to 10 tokens, their number known, after ``WARM`` rounds (at first LoRA's B is 0).
+``bag recall`` counts each token as often as it is there; ``prior`` sees no update. DLG is ``l2`` and TAG is ``tag``,
+without the penalty, the moves and the words tried at the end; ``cosine`` has all of them. *best*: what one step of each
+tuning gives away to what suits it: the span attack where a trained matrix sees single tokens, matching elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import statistics
 from typing import Any
 
-from attacks_victims import Scene, Victims, tried
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from attacks_store import Cell, Try, means, run_cells, table
+from attacks_victims import Scene
+
+WARM, STEPS = 2, 150
+LORA = {"name": "lora", "r": 8}
 TUNINGS: dict[str, dict[str, Any]] = {
+    "full": {"name": "full"},
+    "lora": LORA,
+    "ffa_lora": {"name": "ffa_lora", "r": 8},
     "bitfit": {"name": "bitfit"},
     "prompt": {"name": "prompt_tuning", "num_virtual_tokens": 10},
     "adapter": {"name": "adapter"},
-    "ffa_lora": {"name": "ffa_lora", "r": 8},
-    "lora": {"name": "lora", "r": 8},
 }
-BARE = {"norm_weight": 0.0, "moves": 0, "polish": 0}
-CODECS = {
-    "identity": {"name": "identity"},
-    "8 bit": {"name": "stochastic_quantizer", "bits": 8, "max_value": 0.25},
-    "4 bit": {"name": "stochastic_quantizer", "bits": 4, "max_value": 0.25},
-    "sign": {"name": "sign"},
-    "top 50%": {"name": "top_k", "density": 0.5},
-    "top 10%": {"name": "top_k", "density": 0.1},
-}
+BARE = {"norm_weight": 0.0, "moves": 0, "polish": 0, "steps": STEPS, "starts": 1}
+BEST = {"objective": "cosine", "steps": STEPS, "rounds": 1, "polish": 32, "starts": 4}
+PRIOR = Try(name="prior", attack="prior")
+SPAN = Try(name="span", attack="span")
+MATCHING = Try(name="cosine", attack="matching", options=BEST, skip=WARM)
+TRIES = (
+    Try(name="dlg", attack="matching", options={"objective": "l2", **BARE}, skip=WARM),
+    Try(name="tag", attack="matching", options={"objective": "tag", **BARE}, skip=WARM),
+    MATCHING,
+    PRIOR,
+)
+BARS = {"lora": 0.9, "bitfit": 0.5}
 
 
-def matching(names: list[str], texts: int, steps: int, warm: int) -> list[dict[str, Any]]:
-    """Return the scores of each objective on each tuning."""
-    from privfed_attacks.inversion import ATTACKS
-    from privfed_attacks.scoring import score_texts
-
-    options = {
-        "dlg": {"objective": "l2", **BARE},
-        "tag": {"objective": "tag", **BARE},
-        "cosine": {"objective": "cosine", "moves": 10, "rounds": 2},
-    }
-    rows = []
-    for name in names:
-        victims = Victims(Scene(tuning=TUNINGS[name], batch=1, rounds=1 + warm, learning_rate=0.1))
-        for label, given in {**options, "prior": None}.items():
-            plugin = ATTACKS.get("prior" if given is None else "matching")
-            table = plugin.config.model_validate({} if given is None else {**given, "steps": steps})
-            found = []
-            for seed in range(texts):
-                seen, truth, setting = victims.play(seed)
-                guess = plugin.run(seen[warm:] if given else seen, victims.model, setting, table)
-                found.append(score_texts(guess, truth, victims.model.tokenizer))
-            mean = {key: round(sum(row[key] for row in found) / texts, 4) for key in found[0]}
-            rows.append({"tuning": name, "attack": label, "texts": texts, **mean})
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+def short(tuning: str, batch: int, **options: Any) -> Scene:
+    """Return a scene of short texts."""
+    return Scene(
+        tuning=TUNINGS[tuning],
+        batch=batch,
+        max_tokens=10,
+        rounds=1 + WARM,
+        learning_rate=0.1,
+        lengths_known=True,
+        **options,
+    )
 
 
-def codecs(texts: int) -> list[dict[str, Any]]:
-    """Return the scores of the test of tokens and of the subspace attack through each codec."""
-    rows = []
-    for name, table in CODECS.items():
-        victims = Victims(Scene(compression=table, rounds=5))
-        found = tried(victims, {"span": {"order": False}, "subspace": {}}, range(texts))
-        rows.append({"codec": name, **found})
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+def matching_cells(package: bool) -> list[Cell]:
+    """Return LoRA and BitFit, one text each, under every objective."""
+    outside: tuple[Try, ...] = ()
+    if package:
+        from attacks_breaching import tag
+
+        outside = (Try(name="tag, breaching", attack=tag(STEPS), options={"steps": STEPS}, skip=WARM),)
+    return [Cell(table="matching", name=name, scene=short(name, 1), tries=(*TRIES, *outside)) for name in BARS]
+
+
+def best_cells() -> list[Cell]:
+    """Return every tuning, two texts each, under what suits it."""
+    spanned = {"full", "lora"}
+    return [
+        Cell(
+            table="best",
+            name=name,
+            scene=short(name, 2),
+            tries=(*((SPAN,) if name in spanned else (MATCHING,)), PRIOR),
+        )
+        for name in TUNINGS
+    ]
+
+
+def verdicts(cells: list[Cell]) -> list[str]:
+    """Return whether the bars are met."""
+    lines = []
+    for cell in cells:
+        found = {each.name: means(cell, each.name, "bag_recall") for each in cell.tries}
+        score = {name: statistics.mean(values) for name, values in found.items() if values}
+        if "cosine" in score:
+            beyond = all(score["cosine"] > score[name] for name in ("dlg", "tag", "prior") if name in score)
+            word = "met" if score["cosine"] >= BARS[cell.name] else "MISSED"
+            lines.append(f"{cell.name}: bag recall >= {BARS[cell.name]} {word}; beyond DLG, TAG and prior: {beyond}")
+    return lines
 
 
 def main() -> None:
-    """Run the table that is asked for."""
+    """Run the tables that are asked for and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=["tunings", "codecs"], default="tunings")
-    parser.add_argument("--tunings", nargs="*", default=[*TUNINGS], choices=[*TUNINGS])
-    parser.add_argument("--texts", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--warm", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="print everything once more as one object")
+    parser.add_argument("--only", nargs="*", default=["matching", "best"], choices=["matching", "best"])
+    parser.add_argument("--tunings", nargs="*", choices=[*TUNINGS])
+    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument("--budget", type=float, default=1800, help="seconds of the processor")
+    parser.add_argument("--package", action="store_true", help="TAG of the package breaching beside ours")
+    parser.add_argument("--show", action="store_true", help="print what is there and run nothing")
     given = parser.parse_args()
-    rows = (
-        codecs(given.texts)
-        if given.table == "codecs"
-        else matching(given.tunings, given.texts, given.steps, given.warm)
-    )
-    if given.json:
-        print(json.dumps({"rows": rows}, indent=1))
+    for name in given.only:
+        cells = matching_cells(given.package) if name == "matching" else best_cells()
+        cells = [cell for cell in cells if not given.tunings or cell.name in given.tunings]
+        if not given.show:
+            run_cells(cells, given.batches, given.budget)
+        print(table(cells, ("token_recall", "token_precision", "bag_recall", "rougeL")))
+        if name == "matching":
+            print("\n".join(verdicts(cells)))
 
 
 if __name__ == "__main__":

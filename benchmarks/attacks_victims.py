@@ -7,7 +7,6 @@ ring, as the server of secure aggregation has their sum.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +26,10 @@ from privfed.schedule import ClientConfig
 from privfed.tuning import TUNINGS
 from privfed.tuning.layout import layout_of, read_flat, write_flat
 from privfed.types import Encoded, EncodedSum, Float32, Shard
-from privfed_attacks.inversion import ATTACKS, Reconstruction, Setting
+from privfed_attacks.inversion import Setting
 from privfed_attacks.observation import Observation, SideInformation, split
 from privfed_attacks.public_model import PublicModel, rebuild
-from privfed_attacks.scoring import Batch, score_texts
+from privfed_attacks.scoring import Batch
 from privfed_attacks.sealed import Sealed
 
 CLASSES = ("a", "b", "c")
@@ -49,6 +48,7 @@ class Scene:
         clients: Clients in each sum.
         batch: Texts of each client, all of them in every step.
         max_tokens: Texts are cut to so many tokens.
+        lengths_known: Whether the adversary knows how long each text is, as the literature on matching lets it.
     """
 
     model: str = "minilm"
@@ -61,6 +61,7 @@ class Scene:
     clients: int = 1
     batch: int = 4
     max_tokens: int = 20
+    lengths_known: bool = False
     learning_rate: float = 0.5
     local_steps: int = 1
 
@@ -112,7 +113,7 @@ class Victims:
         draw = np.random.default_rng(seed)
         scene = self.scene
         count = scene.clients * scene.batch
-        rows = draw.choice(len(self.pool), size=count + 200, replace=False)
+        rows = draw.choice(len(self.pool), size=min(count + 200, len(self.pool)), replace=False)
         chosen, others = [self.pool[i] for i in rows[:count]], tuple(self.pool[i] for i in rows[count:])
         labels = draw.integers(0, len(CLASSES), count)
         examples = TextExamples(chosen, labels, self.model.tokenizer, scene.max_tokens)
@@ -128,7 +129,13 @@ class Victims:
         trainer.close()
         write_flat(self.model.module, self.start_D)
         ids = tuple(tuple(int(t) for t in text) for text in examples._ids)  # what the model read, cut as it was
-        setting = Setting(sequences=count, max_tokens=scene.max_tokens, auxiliary=others, seed=seed)
+        setting = Setting(
+            sequences=count,
+            max_tokens=scene.max_tokens,
+            lengths=tuple(map(len, ids)) if scene.lengths_known else None,
+            auxiliary=others,
+            seed=seed,
+        )
         return seen, Sealed(Batch(texts=ids, labels=tuple(int(k) for k in labels))), setting
 
     def _round(self, trainer: LocalTrainer, params_D: Float32, number: int, seed: int) -> Float32:
@@ -176,47 +183,10 @@ def ring_sum(messages: Sequence[Encoded], bits: int) -> EncodedSum:
     )
 
 
-def sentences(tokenizer: Any, max_tokens: int, least: int = 8) -> list[str]:
+def sentences(tokenizer: Any, max_tokens: int, least: int = 6) -> list[str]:
     """Return distinct first sentences of the built-in data set of ``least`` to ``max_tokens`` tokens."""
     dataset = load_dataset(DataConfig(name="pydoc"), seed=0)
     firsts = dict.fromkeys(text.split(". ")[0].strip().rstrip(".") for text in dataset.train.texts)
     found = list(firsts)
     sizes = [len(ids) for ids in tokenizer(found)["input_ids"]]
     return [text for text, size in zip(found, sizes, strict=True) if least <= size <= max_tokens]
-
-
-def tried(victims: Victims, attacks: dict[str, dict[str, Any]], seeds: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Run attacks on some batches and return the mean scores of each, with the prior-only baseline beside them.
-
-    Args:
-        victims: The clients.
-        attacks: Options of each attack by its name.
-        seeds: One batch each.
-    """
-    rows: dict[str, list[dict[str, float]]] = {}
-    facts: dict[str, Any] = {}
-    for seed in seeds:
-        seen, truth, setting = victims.play(seed)
-        for name, options in {**attacks, "prior": {}}.items():
-            plugin, started = ATTACKS.get(name), time.process_time()
-            guess: Reconstruction = plugin.run(seen, victims.model, setting, plugin.config.model_validate(options))
-            scores = score_texts(guess, truth, victims.model.tokenizer)
-            rows.setdefault(name, []).append({**scores, "cpu_seconds": time.process_time() - started})
-            facts[name] = dict(guess.facts)
-    return {
-        name: {
-            **{key: round(float(np.mean([row[key] for row in found])), 4) for key in found[0]},
-            "interval": interval([row["token_recall"] for row in found]),
-            "batches": len(found),
-            "facts": facts[name],
-        }
-        for name, found in rows.items()
-    }
-
-
-def interval(values: Sequence[float], draws: int = 2000) -> list[float]:
-    """Return the 95% bootstrap interval of a mean over batches."""
-    given = np.asarray(values)
-    rng = np.random.default_rng(0)
-    means = given[rng.integers(0, len(given), (draws, len(given)))].mean(axis=1)
-    return [round(float(q), 4) for q in np.quantile(means, [0.025, 0.975])]

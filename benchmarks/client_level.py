@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shared_work import append_row, find_file, interval, read_rows, share_frozen_work, subset
+from shared_work import append_row, find_file, frozen_work, interval, read_rows, share_frozen_work, subset
 
 STORE = Path(__file__).with_name("client_level.jsonl")
 FILES = ("stackexchange_train.jsonl.gz", "stackexchange_test.jsonl.gz")
@@ -195,7 +195,7 @@ def memory(clients: int, source: Path) -> dict[str, Any]:
             *MEMORY,
         ]
         started = time.perf_counter()
-        receipt = train(load_config("stackexchange", settings), out=Path(folder) / "run").receipt
+        receipt = train(load_config("stackexchange", settings), out=Path(folder) / "run", shared=frozen_work()).receipt
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     spent = receipt["views"]["release"]["epsilon"]

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared_work import append_row, find_file, interval, read_rows, share_frozen_work, subset
+from shared_work import append_row, find_file, frozen_work, interval, read_rows, share_frozen_work, subset
 
 STORE = Path(__file__).with_name("codecs.jsonl")
 CACHE = Path("runs/codecs")
@@ -263,7 +263,7 @@ def run_cell(cell: dict[str, Any], source: Path | None) -> dict[str, Any]:
             config = load_config(
                 "demo" if cell["data"] == "pydoc" else "sst2", [*settings, f"ledger.path={folder}/ledger.sqlite"]
             )
-            receipt = train(config, out=Path(folder) / "run").receipt
+            receipt = train(config, out=Path(folder) / "run", shared=frozen_work()).receipt
         except PrivfedError as error:
             return cell | {"refused": str(error)}
         metrics = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -39,6 +39,7 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 from results import FILES, share_frozen_work
+from shared_work import frozen_work
 
 from privfed.config import RunConfig, load_config
 from privfed.errors import ThresholdError
@@ -224,7 +225,7 @@ def run_cell(data: str, variant: str, epsilon: float, seed: int, options: argpar
         settings = [*settings_of(data, variant, epsilon, seed, source), *more, f"ledger.path={folder}/ledger.sqlite"]
         config = load_config(PRESETS[data], settings)
         started = time.perf_counter()
-        receipt = train(config, out=Path(folder) / "run").receipt
+        receipt = train(config, out=Path(folder) / "run", shared=frozen_work()).receipt
         seconds = time.perf_counter() - started
     release = receipt["views"]["release"]
     return {

@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from shared_work import append_row, read_rows, share_frozen_work
+from shared_work import append_row, frozen_work, read_rows, share_frozen_work
 
 STORE = Path(__file__).with_name("results.jsonl")
 PRESETS = {"pydoc": "demo", "sst2": "sst2", "banking77": "banking77"}
@@ -86,7 +86,8 @@ def run_cell(data: str, variant: str, seed: int, source: Path | None) -> dict[st
             settings += [f"data.path={source}/{FILES[data][0]}", f"data.test_path={source}/{FILES[data][1]}"]
             settings += [f"ledger.path={folder}/ledger.sqlite"]
         started = time.perf_counter()
-        receipt = train(load_config(PRESETS[data], settings), out=Path(folder) / "run").receipt
+        config = load_config(PRESETS[data], settings)
+        receipt = train(config, out=Path(folder) / "run", shared=frozen_work()).receipt
         row = {"data": data, "variant": variant, "seed": seed, "epsilon": receipt["views"]["release"]["epsilon"]}
         row |= {**receipt["utility"], "seconds": round(time.perf_counter() - started, 1)}
         return row | {"config_digest": receipt["config_digest"]}

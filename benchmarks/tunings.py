@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared_work import append_row, find_file, interval, read_rows, share_frozen_work, subset
+from shared_work import append_row, find_file, frozen_work, interval, read_rows, share_frozen_work, subset
 from tuning_cells import DATA, MAIN, SEARCHED, SEARCHED_HEADS, WAYS, settings_of
 
 STORE = Path(__file__).with_name("tunings.jsonl")
@@ -68,7 +68,7 @@ def run_cell(
         ]
         try:
             config = load_config(data.preset, settings)
-            receipt = train(config, out=Path(folder) / "run").receipt
+            receipt = train(config, out=Path(folder) / "run", shared=frozen_work()).receipt
         except PrivfedError as error:
             return row | {"refused": str(error), "cpu_seconds": round(time.process_time() - started, 1)}
         metrics = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.config import parse_config
-from privfed.errors import ConfigError, PrivfedError
+from privfed.errors import ConfigError, PrivfedError, unknown_name
 from privfed.federation.canaries import read_coins
 from privfed.federation.folder import reopen
+from privfed.federation.shared import NOTHING, SharedWork
 from privfed.federation.transcript import Transcript, TranscriptError
 from privfed.files import write_atomic
 from privfed.report.html import write_report
@@ -34,7 +35,7 @@ from privfed_attacks.sealed import Sealed
 from privfed_audits.canaries import Scene, attacks_of, canary_scene, views_of
 from privfed_audits.claims import Claim, claim_of, curve_points
 from privfed_audits.membership import NOT_RANDOMISED, untossed, untossed_scene
-from privfed_audits.verdict import finite, verdict
+from privfed_audits.verdict import verdict
 
 SCHEMA = 1
 FOLDER, FILE = "audit", "audit.json"
@@ -51,6 +52,8 @@ def audit(
     view: View | None = None,
     clients: int = 1,
     say: Say = lambda _line: None,
+    shared: SharedWork = NOTHING,
+    as_if_secret: bool = False,
 ) -> dict[str, Any]:
     """Attack a finished run; write ``audit/audit.json`` into its folder and what was proved into its receipt.
 
@@ -62,6 +65,8 @@ def audit(
         view: The view to keep to; None for all that the run allows.
         clients: Of how many clients single updates are inverted.
         say: Told what takes long.
+        shared: What other runs of a grid, or this one's training, have computed already.
+        as_if_secret: Hold an experiment whose noise is reproducible to what it would guarantee were the noise secret.
 
     Raises:
         ConfigError: If the run is not finished, or does not allow what is asked for.
@@ -76,7 +81,7 @@ def audit(
         "schema": SCHEMA,
         "run_id": receipt["run_id"],
         "adapter_sha256": receipt["adapter_sha256"],
-        "views": _views(folder, config, receipt, transcript, view, attacks, say),
+        "views": _views(folder, config, receipt, transcript, view, attacks, say, shared, as_if_secret=as_if_secret),
         "reconstruction": _reconstruction(folder, config, transcript, view, attacks, clients, say),
     }
     found["contradicted"] = any(entry.get("contradicted", False) for entry in found["views"].values())
@@ -141,7 +146,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 def _row(name: str, entry: Mapping[str, Any]) -> str:
     rate = entry["tpr_at_fpr"]
-    rates = "" if rate is None else f"{rate['tpr']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] at {rate['fpr']:g}"
+    rates = f"{rate['tpr']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] at {rate['fpr']:g}"
     numbers = (entry["empirical_epsilon"], entry["ceiling"], entry["accounted_epsilon"])
     low, top, claimed = ("-" if value is None else f"{value:.2f}" for value in numbers)
     return f"{name:<11}{entry['attack']:<32}{entry['auc']:>6.3f}{low:>12}{top:>9}{claimed:>9}  {rates}"
@@ -154,8 +159,8 @@ def _delta(found: Mapping[str, Any]) -> float:
 def _check_names(attacks: Sequence[str] | None) -> None:
     known = {*MEMBERSHIP.names(), *ATTACKS.names()}
     for name in attacks or ():
-        if name not in known and not name.startswith("gradient_dot"):
-            MEMBERSHIP.get(name)  # says which there are
+        if name not in known and not _is_membership(name):
+            raise unknown_name("attack", name, known)
 
 
 def _transcript(folder: Path) -> Transcript | None:
@@ -173,6 +178,9 @@ def _views(
     view: View | None,
     attacks: Sequence[str] | None,
     say: Say,
+    shared: SharedWork,
+    *,
+    as_if_secret: bool,
 ) -> dict[str, Any]:
     """Return the entries of all views that membership can be attacked in."""
     if attacks is not None and not any(_is_membership(name) for name in attacks):
@@ -180,7 +188,7 @@ def _views(
     if not config.audit.canaries:
         return _untossed(folder, config, receipt, transcript, view, attacks, say)
     sizes = {c["client_id"]: int(c["size"]) for c in json.loads((folder / "partition.json").read_text())["clients"]}
-    scene = canary_scene(folder, config, transcript, sizes)
+    scene = canary_scene(folder, config, transcript, sizes, shared)
     possible = views_of(scene)
     wanted = [each for each in VIEWS if each in possible and view in (None, each)]
     if not wanted:
@@ -188,12 +196,18 @@ def _views(
     bits = read_coins(folder)  # opened by the scorer alone
     found: dict[str, Any] = {}
     for each in wanted:
-        scores = _kept(_scores(folder, receipt, scene, each, say), attacks)
+        try:
+            scores = _kept(_scores(folder, receipt, scene, each, say), attacks)
+        except ConfigError as error:  # a codec whose messages say nothing by themselves, for one
+            if view is not None:
+                raise
+            say(f"{each}: {error}")
+            continue
         if not scores:
             continue
-        claim = claim_of(receipt, each)
+        claim = claim_of(receipt, each, as_if_secret=as_if_secret)
         say(f"{each}: what {len(scores)} attacks prove")
-        found[each] = finite(verdict(scores, Sealed(bits), claim, alpha=ALPHA / len(wanted)))
+        found[each] = verdict(scores, Sealed(bits), claim, alpha=ALPHA / len(wanted))
     return found
 
 
@@ -240,7 +254,7 @@ def _untossed(
         return {}
     say("release: losses of training and test records")
     claim: Claim = claim_of(receipt, "release")
-    return {"release": finite(untossed(scene, claim, attacks))}
+    return {"release": untossed(scene, claim, attacks)}
 
 
 def _kept(scores: Mapping[str, Floats], attacks: Sequence[str] | None) -> dict[str, Floats]:

@@ -27,6 +27,7 @@ from privfed.federation.pairs import write_named
 from privfed.federation.phases import TRAIN
 from privfed.federation.planted import GivenGradients
 from privfed.federation.progress import Silent
+from privfed.federation.shared import NOTHING, SharedWork
 from privfed.federation.state import ServerState
 from privfed.federation.transcript import Transcript
 from privfed.rng import PrivateStream
@@ -35,7 +36,7 @@ from privfed.types import Float32, Shard, View
 from privfed_attacks.gather import example_losses, query_gradients
 from privfed_attacks.membership import MEMBERSHIP, Evidence
 from privfed_attacks.membership.gradient_dot import unit
-from privfed_attacks.observation import Observation, ThreatModel
+from privfed_attacks.observation import Observation, Role, ThreatModel
 from privfed_attacks.public_model import write_tensors
 from privfed_audits.canary_scores import along, scores_of, spread_of
 
@@ -56,6 +57,7 @@ class Scene:
         transcript: What was recorded, or None.
         sizes: Examples of each client, which are public.
         queries: Rows of the training split that are asked about.
+        shared: What other runs have computed already.
     """
 
     folder: Path
@@ -64,7 +66,9 @@ class Scene:
     transcript: Transcript | None
     sizes: Mapping[str, int]
     queries: NDArray[np.int64] = field(repr=False)
+    shared: SharedWork = NOTHING
     _few: list[workbench.Workbench] = field(default_factory=list)
+    _parts: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
     _start: list[tuple[nn.Module, Float32]] = field(default_factory=list)
 
     @property
@@ -81,17 +85,19 @@ class Scene:
             some = np.unique(np.linspace(0, len(data.test) - 1, min(_POPULATION, len(data.test))).astype(np.int64))
             few = replace(data, train=_taken(data.train, self.queries), test=_taken(data.test, some))
             material = replace(self.material, dataset=few, canaries=None)
-            self._few.append(workbench.build(self.config, material, Silent()))
+            self._few.append(workbench.build(self.config, material, Silent(), self.shared))
         return self._few[0]
 
     def few_parts(self) -> tuple[nn.Module, Any, Any]:
-        """Return (what trains in the last phase, the queries, the population)."""
-        return workbench.trained_module(self.config, self.few(), TRAIN, Silent())[:3]
+        """Return (what trains in the last phase, the queries, the population); made once, features and all."""
+        if not self._parts:
+            self._parts.append(workbench.trained_module(self.config, self.few(), TRAIN, Silent())[:3])
+        return self._parts[0]
 
     def start(self) -> tuple[nn.Module, Float32]:
         """Return the tuned model and its trained values as the run starts from them [D]."""
         if not self._start:
-            model = workbench.load_tuned(self.config, self.material)[1].model
+            model = workbench.load_tuned(self.config, self.material, self.shared)[1].model
             self._start.append((model, read_flat(model)))
         return self._start[0]
 
@@ -107,13 +113,27 @@ class Scene:
         return checkpoint.state
 
 
-def canary_scene(folder: Path, config: RunConfig, transcript: Transcript | None, sizes: Mapping[str, int]) -> Scene:
+def canary_scene(
+    folder: Path,
+    config: RunConfig,
+    transcript: Transcript | None,
+    sizes: Mapping[str, int],
+    shared: SharedWork = NOTHING,
+) -> Scene:
     """Return the scene of a run with canaries."""
-    material = plant(config, gather(config))
+    material = plant(config, gather(config, shared))
     if material.canaries is None:
         raise ConfigError("This run has no canaries.")
     rows = material.canaries.rows_M
-    return Scene(folder=folder, config=config, material=material, transcript=transcript, sizes=sizes, queries=rows)
+    return Scene(
+        folder=folder,
+        config=config,
+        material=material,
+        transcript=transcript,
+        sizes=sizes,
+        queries=rows,
+        shared=shared,
+    )
 
 
 def views_of(scene: Scene) -> tuple[View, ...]:
@@ -176,7 +196,7 @@ def _seen(scene: Scene, view: View) -> tuple[Observation, ...]:
     """
     if scene.transcript is None:
         raise ConfigError(f"The view {view} needs a recorded run: train with -s audit.record=true.")
-    role = "client" if view == "release" else "server"
+    role: Role = "client" if view == "release" else "server"
     found = ThreatModel(role=role, observes=view).view(scene.transcript).of(TRAIN)
     if not found:
         raise ConfigError(f"The recorded run has no round that shows anything to the view {view}.")

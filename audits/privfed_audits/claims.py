@@ -17,7 +17,7 @@ from privfed.types import PrivacyEvent, View
 from privfed_attacks.roc import Accounted, accounted
 
 Events = tuple[PrivacyEvent, ...]
-PROFILE = tuple(float(d) for d in (*np.logspace(-9, -2, 15), *np.linspace(0.02, 0.98, 25)))
+PROFILE = tuple(float(d) for d in (*np.logspace(-9, -2, 15), *np.linspace(0.015, 0.985, 60)))
 """Where a privacy profile is read to draw a trade-off curve of it."""
 UNCLAIMED_DELTA = 1e-5
 """Where a bound is stated for a run, or a view, that claims nothing."""
@@ -84,9 +84,24 @@ def with_noise(events: Events, factor: float) -> Events:
     )
 
 
-def claim_of(receipt: Mapping[str, Any], view: View) -> Claim:
-    """Return what a receipt claims for a view."""
+def claim_of(receipt: Mapping[str, Any], view: View, *, as_if_secret: bool = False) -> Claim:
+    """Return what a receipt claims for a view.
+
+    Args:
+        receipt: The receipt.
+        view: The view.
+        as_if_secret: Of an experiment whose noise is reproducible, which claims nothing, return what it would claim.
+    """
     entry = receipt["views"][view]
+    simulated = receipt.get("simulated", {})
+    if as_if_secret and view in simulated.get("epsilon", {}):
+        return Claim(
+            view=view,
+            epsilon=float(simulated["epsilon"][view]),
+            delta=float(simulated["delta"]),
+            unit=str(receipt["setting"]["unit"]),
+            events=events_of(receipt),
+        )
     if entry["epsilon"] is None:
         return Claim(view=view, epsilon=None, delta=None, unit=str(receipt["setting"]["unit"]))
     return Claim(

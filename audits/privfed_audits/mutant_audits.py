@@ -33,10 +33,11 @@ from privfed.schedule import ClientConfig
 from privfed.tuning.layout import layout_of, read_flat
 from privfed.types import EVERYONE, PrivacyEvent, Shard
 from privfed_attacks.sealed import Sealed, unseal
+from privfed_audits.bounds import gdp_epsilon
 from privfed_audits.canary_scores import along, scores_of, spread_of
 from privfed_audits.claims import Claim
 from privfed_audits.mutants import HEAD
-from privfed_audits.verdict import Choice, Estimate, choose, contradicts, estimate_of
+from privfed_audits.verdict import Choice, choose, rejects
 
 Floats = NDArray[np.float64]
 Bits = NDArray[np.bool_]
@@ -57,7 +58,7 @@ class Size:
 
     canaries: int = 3000
     rounds: int = 6
-    lonely: int = 300
+    lonely: int = 240
     lonely_rounds: int = 12
 
 
@@ -67,7 +68,7 @@ class Outcome:
 
     Attributes:
         rejected: Whether the lower bound exceeds the claim.
-        epsilon: The lower bound.
+        epsilon: The lower bound for a Gaussian mechanism.
         attack: The best attack.
     """
 
@@ -77,12 +78,16 @@ class Outcome:
 
 
 class Body(nn.Module):
-    """A body and a head: two layers."""
+    """A body and a head: two layers.
 
-    def __init__(self) -> None:
+    Args:
+        width: Of features and hidden layer; there are three quarters as many classes.
+    """
+
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.body = nn.Linear(64, 64)
-        self.classifier = nn.Linear(64, 48)
+        self.body = nn.Linear(width, width)
+        self.classifier = nn.Linear(width, 3 * width // 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits."""
@@ -120,17 +125,19 @@ class Bench:
         return Claim(view="individual", epsilon=self.plan.epsilon, delta=DELTA, unit=events[0].unit, events=events)
 
 
-def bench(*, epsilon: float, canaries: int, ordinary: int, rounds: int, probability: float, seed: int) -> Bench:
+def bench(
+    *, epsilon: float, canaries: int, ordinary: int, rounds: int, probability: float, seed: int, width: int = 64
+) -> Bench:
     """Return everything an audit of the example level needs, planned for ``epsilon``.
 
     Model and ordinary examples follow from the seed; coins, batches and noise do not.
     """
     draw = torch.Generator().manual_seed(seed)
-    module = Body()
+    module = Body(width)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=draw) / 8)
-    inner = FeatureExamples(torch.randn(ordinary, 64, generator=draw), torch.arange(ordinary) % 48)
+    inner = FeatureExamples(torch.randn(ordinary, width, generator=draw), torch.arange(ordinary) % (3 * width // 4))
     given = given_gradients(layout_of(module), canaries, CLIP, np.random.default_rng(seed))
     privacy = PrivacyConfig(target_epsilon=epsilon, target_delta=DELTA, l2_clip_norm=CLIP)
     phase = PhasePlan(
@@ -187,11 +194,13 @@ def lonely(*, epsilon: float, size: Size, seed: int) -> Outcome:
         rounds=size.lonely_rounds,
         probability=probability,
         seed=seed,
+        width=20,
     )
     trainer, params_D = own.trainer(probability), read_flat(own.module)
     scores = np.zeros(size.lonely)
     try:
-        for canary, inside in enumerate(unseal(own.truth)):
+        bits_M = unseal(own.truth)
+        for canary, inside in enumerate(bits_M):
             rows = np.array([0, 1 + canary] if inside else [0], dtype=np.int64)
             shard = Shard(client_id=str(canary), indices=rows)
             for number in range(size.lonely_rounds):
@@ -274,8 +283,8 @@ def rejections(audit: str, *, epsilon: float, size: Size, seeds: Sequence[int]) 
 
 def _judged(scores: dict[str, Floats], truth: Sealed[Bits], claim: Claim, alpha: float = 0.05) -> Outcome:
     chosen: Choice = choose(scores, unseal(truth), DELTA, alpha, np.random.default_rng(0))
-    found: Estimate = estimate_of(chosen.counts, claim, alpha)
-    return Outcome(rejected=contradicts(found, claim), epsilon=found.low, attack=chosen.attack)
+    found = gdp_epsilon(chosen.counts, delta=DELTA, alpha=alpha).epsilon
+    return Outcome(rejected=rejects(chosen.counts, claim, alpha), epsilon=found, attack=chosen.attack)
 
 
 def _coins(count: int) -> Bits:

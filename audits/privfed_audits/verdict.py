@@ -44,7 +44,7 @@ ADDED = (
 )
 RATES = (0.01, 0.1, 0.25)
 LARGEST = 200.0
-_WIDEST, _STEPS, _IDEAL, _POINTS = 32.0, 9, 20, 200
+_WIDEST, _STEPS, _IDEAL, _POINTS = 8.0, 6, 20, 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,7 @@ def verdict(
     chosen = choose(scores, bits_M, claim.bound_delta, alpha, rng)
     estimate = estimate_of(chosen.counts, claim, alpha)
     best_M = scores[chosen.attack]
-    return {
+    entry = {
         "attack": chosen.attack,
         "bound": estimate.bound,
         "empirical_epsilon": estimate.low,
@@ -115,12 +115,13 @@ def verdict(
         "unit": claim.unit,
         "canaries": len(bits_M),
         "confidence": 1 - alpha,
-        "contradicted": contradicts(estimate, claim),
+        "contradicted": rejects(chosen.counts, claim, alpha),
         **curve(best_M, bits_M, claim, rng),
         "attacks": {name: round(roc(values, bits_M).auc, 4) for name, values in scores.items()},
         "bounds": other_bounds(chosen, best_M, bits_M, claim.bound_delta, alpha),
         "assumptions": [COINS, *estimate.assumptions, ADDED],
     }
+    return finite(entry)
 
 
 def choose(scores: Mapping[str, Floats], bits_M: Bits, delta: float, alpha: float, rng: np.random.Generator) -> Choice:
@@ -182,21 +183,35 @@ def lowest_rates(counts: Counts, alpha: float) -> tuple[float, float]:
     return fpr, clopper_pearson(misses, counts.positives, 1 - alpha).low
 
 
+def rejects(counts: Counts, claim: Claim, alpha: float) -> bool:
+    """Return whether counts contradict a claim: as :func:`estimate_of`, at the price of one accounting."""
+    if claim.epsilon is None:
+        return False
+    if claim.gaussian:
+        return contradicts(estimate_of(counts, claim, alpha), claim)
+    fpr, fnr = counts.rates(alpha)
+    return bool(tradeoff_of(claim.events).tpr(fpr) < 1 - fnr)
+
+
 def noise_scale(claim: Claim, fpr: float, tpr: float) -> float:
-    """Return the epsilon of the accounted mechanism with the most noise that still allows (fpr, tpr)."""
+    """Return the epsilon of the accounted mechanism with the most noise that still allows (fpr, tpr).
+
+    Noise down to an eighth of the accounted is looked at; 200 stands for less.
+    """
 
     def allows(scale: float) -> bool:
         return bool(tradeoff_of(with_noise(claim.events, scale)).tpr(fpr) >= tpr)
 
-    if tpr <= fpr or allows(_WIDEST):
+    if tpr <= fpr:
         return 0.0
-    low, high = -math.log(_WIDEST), math.log(_WIDEST)
     if allows(1.0):
-        low = 0.0
+        low, high = 0.0, math.log(_WIDEST)
+        if allows(_WIDEST):
+            return 0.0
     else:
-        high = 0.0
+        low, high = -math.log(_WIDEST), 0.0
         if not allows(1 / _WIDEST):
-            return math.inf
+            return LARGEST
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if allows(math.exp(middle)) else (low, middle)
@@ -254,17 +269,21 @@ def other_bounds(chosen: Choice, scores_M: Floats, bits_M: Bits, delta: float, a
     }
 
 
-def _rate(scores_M: Floats, bits_M: Bits) -> dict[str, float] | None:
-    """Return the true positive rate at the smallest false positive rate that there are enough canaries for."""
+def _rate(scores_M: Floats, bits_M: Bits) -> dict[str, float]:
+    """Return the true positive rate at the smallest false positive rate that there are enough canaries for.
+
+    With too few for any, at one half, which then says little: its interval tells.
+    """
     chooses = _half(bits_M, None)
-    negatives = min(int((~bits_M[chooses]).sum()), int((~bits_M[~chooses]).sum()))
+    mine, rest = (scores_M[chooses], bits_M[chooses]), (scores_M[~chooses], bits_M[~chooses])
+    negatives = min(int((~mine[1]).sum()), int((~rest[1]).sum()))
     for fpr in RATES:
         if negatives >= least_negatives(fpr):
-            found = tpr_at_fpr(
-                scores_M[~chooses], bits_M[~chooses], fpr=fpr, calibration=(scores_M[chooses], bits_M[chooses])
-            )
-            return {"fpr": fpr, "tpr": found.tpr.value, "low": found.tpr.low, "high": found.tpr.high}
-    return None
+            found = tpr_at_fpr(*rest, fpr=fpr, calibration=mine).tpr
+            return {"fpr": fpr, "tpr": found.value, "low": found.low, "high": found.high}
+    threshold = float(np.median(mine[0][~mine[1]]))
+    found = clopper_pearson(int((rest[0][rest[1]] > threshold).sum()), int(rest[1].sum()))
+    return {"fpr": 0.5, "tpr": found.value, "low": found.low, "high": found.high}
 
 
 def _half(bits_M: Bits, rng: np.random.Generator | None) -> Bits:

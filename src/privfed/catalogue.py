@@ -10,12 +10,14 @@ from typing import Any
 from privfed.compression import CODECS
 from privfed.config import presets
 from privfed.data import PARTITIONERS, SOURCES
+from privfed.data.canaries import CANARIES
 from privfed.errors import unknown_name
 from privfed.models import MODELS
 from privfed.models.recipes import RECIPES
 from privfed.privacy.mechanisms import MECHANISMS
 from privfed.registry import Registry
 from privfed.rules import RULES
+from privfed.tracking import TRACKERS
 from privfed.tuning import TUNINGS
 
 
@@ -47,7 +49,7 @@ def _plugins(registry: Registry[Any]) -> dict[str, str]:
 
 def _module_doc(entry: Any) -> str:
     """Return the docstring of the file that registered ``entry``: a plug-in is one file."""
-    named = (getattr(entry, name, None) for name in ("apply", "build", "split", "train"))
+    named = (getattr(entry, name, None) for name in ("apply", "build", "split", "train", "make"))
     function = next((found for found in named if found), entry)
     return importlib.import_module(inspect.unwrap(function).__module__).__doc__ or ""
 
@@ -81,5 +83,7 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "models": lambda: _plugins(MODELS),
     "data": lambda: _plugins(SOURCES),
     "partitioners": lambda: _plugins(PARTITIONERS),
+    "canaries": lambda: _plugins(CANARIES),
+    "trackers": lambda: _plugins(TRACKERS),
     "presets": _presets,
 }

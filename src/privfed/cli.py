@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from privfed.deployment.commands import commands
 
@@ -22,6 +23,27 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 set_option = click.option(
     "-s", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. -s tuning.r=16."
 )
+
+
+def _sources(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return what a shell offers for a run: presets, then files."""
+    from importlib.resources import files
+
+    names = sorted(path.name.removesuffix(".toml") for path in files("privfed").joinpath("presets").iterdir())
+    return [
+        *map(CompletionItem, (n for n in names if n.startswith(incomplete))),
+        CompletionItem(incomplete, type="file"),
+    ]
+
+
+def _kinds(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return what a shell offers for ``privfed ls``."""
+    from privfed.catalogue import KINDS
+
+    return [CompletionItem(name) for name in (*KINDS, "combinations") if name.startswith(incomplete)]
+
+
+source_argument = click.argument("source", metavar="RUN.TOML|PRESET", shell_complete=_sources)
 
 
 class _Group(click.Group):
@@ -63,7 +85,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("source", metavar="RUN.TOML|PRESET")
+@source_argument
 @set_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/<name>.")
 @click.option("--resume", is_flag=True, help="Continue the run in the folder from its last round.")
@@ -79,15 +101,16 @@ def train(
 
         overrides = [*settings, *([f"ledger.path={json.dumps(ledger)}"] if ledger else [])]
         config = load_config(source, overrides)
+        from privfed.api import train as run
         from privfed.console import make_progress
         from privfed.report.text import summarise
-        from privfed.run import train as run
 
         folder = out or Path("runs") / Path(source).name.removesuffix(".toml")
         with make_progress() as progress:
             result = run(config, out=folder, resume=resume, progress=progress)
-        _say(as_json, *summarise(result.receipt, result.folder))
-        return {"folder": str(result.folder), "receipt": result.receipt}
+        receipt = result.receipt or {}
+        _say(as_json, *summarise(receipt, result.path))
+        return {"folder": str(result.path), "receipt": receipt}
 
     _run(body, as_json)
 
@@ -103,7 +126,7 @@ def pretrain(recipe: str, settings: tuple[str, ...], out: Path, as_json: bool) -
     def body() -> dict[str, Any]:
         from privfed.pretrain import pretrain as run
 
-        found = run(recipe, settings, out=out, say=lambda line: click.echo(line, err=True))
+        found = run(recipe, settings, out=out, say=_log)
         _say(as_json, f"Saved to {found['folder']}: use it with -s model.name={found['folder']}")
         return found
 
@@ -170,7 +193,7 @@ def audit(folder: Path, attacks: str | None, view: View | None, clients: int, as
         from privfed_audits.audit import contradiction, lines
 
         names = None if attacks is None else [name.strip() for name in attacks.split(",") if name.strip()]
-        found = run(folder, attacks=names, view=view, clients=clients, say=lambda line: click.echo(line, err=True))
+        found = run(folder, attacks=names, view=view, clients=clients, say=_log)
         _say(as_json, *lines(found))
         sentence = contradiction(found)
         return found if sentence is None else {**found, "ok": False, "exit_code": 4, "message": sentence}
@@ -180,12 +203,21 @@ def audit(folder: Path, attacks: str | None, view: View | None, clients: int, as
 
 @main.command()
 @click.argument("source", metavar="GRID.TOML|PRESET")
+@set_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the grid. Default: runs/curves-<name>.")
 @click.option("--resume", is_flag=True, help="Continue the grid in the folder; what is finished stands.")
 @click.option("-j", "--jobs", type=click.IntRange(min=1), help="Runs at once. Default: what cores and memory allow.")
 @click.option("--recommend", metavar="LIMITS", help='The best cells under limits, e.g. "epsilon<=4, bytes<=1MB".')
 @json_option
-def curves(source: str, out: Path | None, resume: bool, jobs: int | None, recommend: str | None, as_json: bool) -> None:
+def curves(
+    source: str,
+    settings: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    jobs: int | None,
+    recommend: str | None,
+    as_json: bool,
+) -> None:
     """Train and audit a grid of runs; leaves a page, tables and figures. Presets: quick (minutes), paper (hours)."""
 
     def body() -> dict[str, Any]:
@@ -193,11 +225,11 @@ def curves(source: str, out: Path | None, resume: bool, jobs: int | None, recomm
         from privfed_audits.curves.command import lines
 
         folder = out or Path("runs") / f"curves-{Path(source).name.removesuffix('.toml')}"
-        found = run(
-            source, out=folder, resume=resume, jobs=jobs, constraints=recommend, say=lambda s: click.echo(s, err=True)
-        )
+        found = run(source, out=folder, settings=settings, resume=resume, jobs=jobs, constraints=recommend, say=_log)
         _say(as_json, *lines(found))
-        return found
+        wrong = "; ".join(found["contradicted"])
+        sentence = f"An audit proves more than is promised of {wrong}."
+        return {**found, "ok": False, "exit_code": 4, "message": sentence} if wrong else found
 
     _run(body, as_json)
 
@@ -222,7 +254,7 @@ def export(folder: Path, out: Path, merge: bool, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("source", metavar="RUN.TOML|PRESET")
+@source_argument
 @set_option
 @click.option("--clients", type=click.IntRange(min=1), help="Number of clients, so that no data is read.")
 @click.option("--shard-size", type=click.IntRange(min=1), help="Smallest client's examples, so that no data is read.")
@@ -267,7 +299,7 @@ def ledger(path: Path, verify: bool, delta: float | None, set_cap: float | None,
 
 
 @main.command("ls")
-@click.argument("kind", required=False)
+@click.argument("kind", required=False, shell_complete=_kinds)
 @click.option("--only", multiple=True, metavar="AXIS=VALUE", help="Of combinations: keep these, e.g. --only rule=krum.")
 @click.option("--refused", is_flag=True, help="Of combinations: say why, and what is nearest that runs.")
 @json_option
@@ -303,7 +335,7 @@ def config() -> None:
 
 
 @config.command("show")
-@click.argument("source", metavar="RUN.TOML|PRESET")
+@source_argument
 @set_option
 @click.option("--cost", is_flag=True, help="Print what a round of secure aggregation costs instead.")
 @click.option("--length", type=click.IntRange(min=0), help="Trained values, so that --cost loads no model.")
@@ -329,7 +361,7 @@ def config_show(source: str, settings: tuple[str, ...], cost: bool, length: int 
 
 
 @config.command("validate")
-@click.argument("source", metavar="RUN.TOML|PRESET")
+@source_argument
 @set_option
 @json_option
 def config_validate(source: str, settings: tuple[str, ...], as_json: bool) -> None:
@@ -413,6 +445,10 @@ def _say(as_json: bool, *lines: str) -> None:
     if not as_json:
         for line in lines:
             click.echo(line)
+
+
+def _log(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _run(body: Callable[[], Mapping[str, Any]], as_json: bool) -> None:

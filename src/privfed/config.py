@@ -23,13 +23,22 @@ from privfed.registry import Registry
 from privfed.rules import RULES
 from privfed.run_config import RunConfig
 from privfed.schedule import ServerConfig
+from privfed.tracking import TRACKERS
 from privfed.tuning import TUNINGS
 
 MECHANISM = "privacy.mechanism"
 AGGREGATION = "server.aggregation"
 # tables for which a name alone is short
 SHORT: dict[str, Any] = {MECHANISM: PrivacyConfig, AGGREGATION: ServerConfig}
-TAGGED = ("partition", "tuning", "compression", "downlink", "head_warm_start", "secagg", *SHORT)
+# what follows the kind of value that was expected, by the start of pydantic's name for the error
+_HINTS = {
+    "int": ", such as 3",
+    "float": ", such as 0.5 with a point",
+    "bool": ": true or false",
+    "string": ": put it in quotes, as in -s 'key=\"7\"'",
+    "list": ', such as ["a", "b"]',
+}
+TAGGED = ("partition", "tuning", "compression", "downlink", "head_warm_start", "secagg", "tracking", *SHORT)
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -42,7 +51,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: If the file cannot be read, a key is unknown, or a value cannot hold.
     """
-    return parse_config(_overridden(source, overrides), where=source)
+    return parse_config(read_tables(source, overrides), where=source)
 
 
 def load_budget_config(source: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, bool]:
@@ -53,7 +62,7 @@ def load_budget_config(source: str, overrides: Sequence[str] = ()) -> tuple[RunC
     Raises:
         ConfigError: As :func:`load_config`.
     """
-    raw = _overridden(source, overrides)
+    raw = read_tables(source, overrides)
     privacy = raw.get("privacy", {})
     if not isinstance(privacy, dict) or not {"target_epsilon", "noise_multiplier"} <= privacy.keys():
         return parse_config(raw, where=source), False
@@ -109,12 +118,22 @@ def _read(source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is not valid TOML: {error}.") from error
+        toml = path.suffix.lower() == ".toml"
+        way = "" if toml else " Rows of data are no configuration: give them as data.path in a TOML file, or with -s."
+        raise ConfigError(f"{source} is not valid TOML: {error}.{way}") from error
 
 
-def _overridden(source: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the tables of ``source`` with overrides applied; a ``name`` first, since it may reset its table."""
-    raw = _read(source)
+def read_tables(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the tables of a TOML file or a preset with overrides applied; values are not checked.
+
+    Raises:
+        ConfigError: If the file cannot be read, or an override is malformed.
+    """
+    return with_overrides(_read(source), overrides)
+
+
+def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return ``raw`` with overrides applied in place; a ``name`` first, since it may reset its table."""
     names = [*(f"{table}.name" for table in TAGGED), *SHORT]
     for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() not in names):
         apply_override(raw, override)
@@ -171,13 +190,43 @@ def _sentences(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
         elif problem["type"] == "value_error":
             found.append(f"{key}: {problem['ctx']['error']}." if key else f"{problem['ctx']['error']}.")
         elif problem["type"] == "model_type":
-            found.append(f"{key} = {problem['input']!r}: expected a table of keys, [{key}].")
+            found.append(
+                f"{key} = {problem['input']!r}, expected a table of keys: write [{key}] and its keys, "
+                f"or -s {key}.KEY=VALUE."
+            )
         else:
-            found.append(f"{key} = {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}.")
+            found.append(f"{key} = {problem['input']!r}, {_expected(problem)}{_default_of(place, raw)}.")
     return found
 
 
+def _expected(problem: Mapping[str, Any]) -> str:
+    """Return what a value of a wrong type or size should have been."""
+    said, kind = str(problem["msg"]), str(problem["type"])
+    if not said.startswith("Input should be "):
+        return f"{said[:1].lower()}{said[1:]}"
+    wanted = said.removeprefix("Input should be ")
+    if kind.startswith(("greater_than", "less_than")):
+        return f"expected a value {wanted}"
+    return f"expected {wanted}{next((hint for start, hint in _HINTS.items() if kind.startswith(start)), '')}"
+
+
+def _default_of(place: Sequence[str], raw: Mapping[str, Any]) -> str:
+    """Return the default of a key as a remark, where it has one that can be shown."""
+    field = getattr(_model_of(place[:-1], raw), "model_fields", {}).get(place[-1])
+    if field is None or field.is_required():
+        return ""
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "; unset is the default"
+    return f"; the default is {value!r}" if isinstance(value, (bool, int, float, str)) else ""
+
+
 def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
+    return list(getattr(_model_of(place, raw), "model_fields", ()))
+
+
+def _model_of(place: Sequence[str], raw: Mapping[str, Any]) -> Any:
+    """Return the configuration table at ``place``, or None where there is none."""
     model: Any = RunConfig
     registries: dict[str, Registry[Any]] = {
         "partition": PARTITIONERS,
@@ -186,6 +235,7 @@ def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
         "downlink": CODECS,
         "mechanism": MECHANISMS,
         "aggregation": RULES,
+        "tracking": TRACKERS,
     }
     for depth, name in enumerate(place):
         section = raw.get(name, {}) if isinstance(raw, Mapping) else {}
@@ -196,8 +246,8 @@ def _known_keys(place: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
             field = model.model_fields.get(name)
             model = field.annotation if field else None
         if not hasattr(model, "model_fields"):
-            return []
-    return list(model.model_fields)
+            return None
+    return model
 
 
 def _name(table: Mapping[str, Any], place: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tomllib
@@ -47,7 +48,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
     if merge and RULES.get(config.server.rule).changes_base:
         _copy_whole(config, run / "adapter", out)
     elif merge:
-        difference = _merged(config, name, run / "adapter", out)
+        difference = _merged(name, run / "adapter", out)
     else:
         shutil.copytree(run / "adapter", out, dirs_exist_ok=True)
     return {"folder": str(out), "merged": merge, "tuning": name, "largest_difference": difference}
@@ -58,6 +59,28 @@ def lines(found: dict[str, Any]) -> list[str]:
     if found["largest_difference"] is None:
         return [f"{found['folder']} ({found['tuning']})"]
     return [f"{found['folder']} (merged; logits differ by at most {found['largest_difference']:.1e})"]
+
+
+def load_trained(run: Path) -> LoadedModel:
+    """Return what a run trained, in evaluation mode, with what makes its inputs.
+
+    Raises:
+        ConfigError: If ``run`` holds no result.
+        ModelError: If its base model is not here.
+    """
+    import transformers
+
+    from privfed.models.loading import load_model
+    from privfed.models.tasks import TASKS
+
+    config, adapter = _config(run), run / "adapter"
+    loaded = load_model(config.model, label_names=_labels(adapter), seed=0)
+    if RULES.get(config.server.rule).changes_base:
+        model = getattr(transformers, TASKS[config.model.task].auto_class).from_pretrained(str(adapter))
+        tuned: nn.Module = model.to(next(loaded.model.parameters()).device)
+    else:
+        tuned = TUNINGS.get(str(getattr(config.tuning, "name", ""))).load(loaded.model, adapter)
+    return dataclasses.replace(loaded, model=tuned.eval())
 
 
 def merged_model(name: str, tuned: nn.Module) -> nn.Module:
@@ -108,16 +131,15 @@ def _config(run: Path) -> RunConfig:
     return parse_config(raw, where=str(run / "config.toml"))
 
 
-def _merged(config: RunConfig, name: str, adapter: Path, out: Path) -> float:
+def _merged(name: str, adapter: Path, out: Path) -> float:
     """Write the merged model; return the largest difference of its logits."""
     import torch
 
-    from privfed.models.loading import load_model
     from privfed.tuning.adapters import quiet
 
     names = adapter / LABELS
-    loaded = load_model(config.model, label_names=_labels(adapter), seed=0)
-    tuned = TUNINGS.get(name).load(loaded.model, adapter).eval()
+    loaded = load_trained(adapter.parent)
+    tuned = loaded.model
     inputs = _probe(loaded)
     with torch.no_grad(), quiet():
         wanted = tuned(**inputs).logits

@@ -25,6 +25,7 @@ from privfed.rules import RULES, check_rule
 from privfed.schedule import ClientConfig, HeadWarmStart, ServerConfig
 from privfed.secagg.config import SecAggConfig
 from privfed.table import Table
+from privfed.tracking import TRACKERS
 from privfed.tuning import TUNINGS
 
 
@@ -107,6 +108,7 @@ class RunConfig(Table):
     ledger: LedgerConfig = LedgerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     audit: AuditConfig = AuditConfig()
+    tracking: _tagged(TRACKERS, "none") = Field(default_factory=lambda: TRACKERS.get("none").config())  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:

@@ -221,7 +221,7 @@ def test_what_cannot_be_audited_is_said(tiny_config, tmp_path):
     folder = train(canary_run(tiny_config, record=False, count=100), out=tmp_path / "run").folder
     with pytest.raises(ConfigError, match="it has release"):
         audit(folder, view="individual")
-    with pytest.raises(UnknownNameError, match="Unknown membership attack"):
+    with pytest.raises(UnknownNameError, match="Unknown attack"):
         audit(folder, attacks=["nothing"])
     (folder / canaries.COINS).unlink()
     result = CliRunner().invoke(main, ["audit", str(folder)])

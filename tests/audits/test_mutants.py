@@ -10,7 +10,7 @@ from privfed_audits.mutant_audits import AUDITS, Size, rejections
 from privfed_audits.mutants import MUTANTS
 
 EPSILON = 2.0
-SIZE = Size(canaries=3000, rounds=4, lonely=200, lonely_rounds=12)
+SIZE = Size(canaries=3000, rounds=4, lonely=260, lonely_rounds=12)
 WANTED = {
     "half_the_noise",
     "no_clipping",

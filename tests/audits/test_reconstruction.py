@@ -50,13 +50,20 @@ def test_the_command_prints_one_object_and_writes_it(run: Path) -> None:
     result = CliRunner().invoke(main, ["audit", str(run), "--attacks", "span", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    rows = {row["attack"]: row for row in found["results"]}
-    assert set(rows) == {"span", "prior"}
-    assert found["view"] == "individual"
-    assert rows["span"]["token_recall"] > rows["prior"]["token_recall"] or rows["span"]["token_precision"] > 0.5
+    assert found["views"] == {}
+    (view,) = found["reconstruction"]
+    entry = found["reconstruction"][view]
+    assert (view, entry["attack"]) == ("individual", "span")
+    assert entry["token_recall"] > entry["prior_token_recall"] or entry["token_precision"] > 0.5
+    assert entry["examples"]
+    assert {"truth", "found", "prior", "score"} <= set(entry["examples"][0])
+    assert json.loads((run / "audit" / "audit.json").read_text())["reconstruction"] == found["reconstruction"]
     written = json.loads((run / "audit" / "reconstruction.json").read_text())
-    assert written["results"] == found["results"]
+    rows = {row["attack"]: row for row in written["results"]}
+    assert set(rows) == {"span", "prior"}
+    assert rows["span"]["token_recall"] == entry["token_recall"]
     assert "train/000001.msgpack" in written["transcript"]
+    assert "texts" not in rows["span"]
 
 
 def test_what_cannot_be_audited(run: Path) -> None:

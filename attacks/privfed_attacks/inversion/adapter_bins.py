@@ -10,7 +10,8 @@ for each token as its neighbours do. With dW_k the sum of g h over the tokens ab
 
 for a token that is alone between two edges. Here the base model stays the public one (its digest is checked), so h is a
 hidden state of the first block and no patch of pixels yet: pictures follow by moving pixels until the first block gives
-the states found, which needs no gradient of the update.
+the states found, which needs no gradient of the update. Tokens that shared a bin are apart in another round, along
+another direction.
 
 What the server sends is seen by everybody who looks at the broadcast: the rows of W_down are all the same. A client
 that clips and adds noise, or a secure aggregation over more tokens than bins, stops it.
@@ -20,7 +21,7 @@ Shape suffixes: B images, C channels, H height, W width, S tokens, d width of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from privfed_attacks.text.inputs import Site
 
 Array = NDArray[np.float64]
+_OUTLIER = 0.05
 
 
 class AdapterBinsConfig(Table):
@@ -47,23 +49,24 @@ class AdapterBinsConfig(Table):
     Attributes:
         sharpness: How steep a unit is, in steps of its activation from one edge to the next.
         loudness: How large the adapter's output is beside what it is added to: larger gradients, a stranger model.
-        steps: Steps of Adam on the pixels.
-        learning_rate: Of Adam, as a share of the range of pixels.
+        head: By how much the classifier's weights are made larger: all gradients grow with it, and with them what an
+            update in float32 can show.
+        steps: Steps of L-BFGS on the pixels.
         variation: Weight of total variation.
         starts: Starts of the search for pixels.
     """
 
     name: Literal["adapter_bins"] = "adapter_bins"
-    sharpness: float = Field(default=6.0, gt=0)
-    loudness: float = Field(default=0.3, gt=0)
-    steps: int = Field(default=400, ge=1)
-    learning_rate: float = Field(default=0.03, gt=0)
+    sharpness: float = Field(default=1.5, gt=0)
+    loudness: float = Field(default=1.0, gt=0)
+    head: float = Field(default=20.0, gt=0)
+    steps: int = Field(default=300, ge=1)
     variation: float = Field(default=1e-4, ge=0)
     starts: int = Field(default=4, ge=1)
 
 
 def craft(model: PublicModel, setting: Setting, config: AdapterBinsConfig) -> Mapping[str, NDArray[np.float32]]:
-    """Return the adapter that sorts tokens, by tensor name.
+    """Return the adapter that sorts tokens and a classifier that passes large gradients back, by tensor name.
 
     Raises:
         ConfigError: If the model has no adapters, or there are no pictures from elsewhere to set the edges by.
@@ -72,8 +75,7 @@ def craft(model: PublicModel, setting: Setting, config: AdapterBinsConfig) -> Ma
         raise ConfigError("The edges of the bins come from pictures from elsewhere: set Setting.images.")
     site = _site(model, setting.images)
     states = _states(model, site, setting.images).reshape(-1, _width(model, site))
-    centred = states - states.mean(axis=0)
-    direction = np.linalg.svd(centred, full_matrices=False)[2][0]
+    direction = _direction(states, setting.seed)
     along = states @ direction
     own = dict(model.module.named_parameters())
     bins = own[site.tensor].shape[0]
@@ -83,11 +85,38 @@ def craft(model: PublicModel, setting: Setting, config: AdapterBinsConfig) -> Ma
     size = config.loudness * np.sqrt(np.mean(states**2)) / (slope * (high - low) * bins / 2)
     prefix = site.module.rpartition(".")[0]
     column = np.random.default_rng(setting.seed).standard_normal(len(direction)) * size
-    return {
+    sorting = {
         site.tensor: np.tile(slope * direction, (bins, 1)).astype(np.float32),
         f"{site.module}.bias": (-slope * edges).astype(np.float32),
         f"{prefix}.up.weight": np.tile(column[:, None], (1, bins)).astype(np.float32),
     }
+    return sorting | _loud_head(model, setting.images, sorting, config.head)
+
+
+def _direction(states: Array, seed: int) -> Array:
+    """Return a direction along which states differ; another one for every seed, so that rounds sort them anew."""
+    _, sizes, axes = np.linalg.svd(states - states.mean(axis=0), full_matrices=False)
+    mixed = (np.random.default_rng(seed).standard_normal(len(sizes)) * sizes) @ axes
+    found: Array = mixed / np.linalg.norm(mixed)
+    return found
+
+
+def _loud_head(
+    model: PublicModel, images: NDArray[np.float32], sorting: Mapping[str, NDArray[np.float32]], times: float
+) -> dict[str, NDArray[np.float32]]:
+    """Return the classifier with larger weights, and a bias that keeps it from being sure of one class."""
+    import torch
+
+    from privfed_attacks.public_model import write_tensors
+
+    name, own = model.tuned.head, dict(model.module.named_parameters())
+    if name is None or not own[f"{name}.weight"].requires_grad:
+        return {}
+    write_tensors(model.module, sorting)
+    with torch.no_grad():
+        logits = model.module(pixel_values=torch.tensor(images[:64])).logits.mean(0)
+        weight, bias = own[f"{name}.weight"] * times, (own[f"{name}.bias"] - logits) * times
+    return {f"{name}.weight": weight.numpy(), f"{name}.bias": bias.numpy()}
 
 
 def run(
@@ -100,11 +129,11 @@ def run(
     """
     if not setting.sequences:
         raise ConfigError("The search for pictures needs their number: set Setting.sequences.")
-    first = observations[0]  # later ones would need the same states below, and those are trained
-    site = _sorting(first, _adapters(model))
-    model.at(first)
-    states_Kd, weights_K = _read(first, site)
-    facts = {"states": len(states_Kd), "bins": len(first.payload[site.tensor])}
+    parts = [_read(each, _sorting(each, _adapters(model))) for each in observations]
+    states_Kd, weights_K = (np.concatenate(column) for column in zip(*parts, strict=True))
+    site = _sorting(observations[0], _adapters(model))
+    model.at(observations[0])  # what lies below the bins is sent anew, and the same, in every round
+    facts = {"states": len(states_Kd), "bins": len(observations[0].payload[site.tensor]), "rounds": len(observations)}
     if not len(states_Kd):
         return Reconstruction(facts=facts)
     images, left = _pictures(model, site, states_Kd, weights_K, setting, config)
@@ -126,7 +155,8 @@ def _read(observation: Observation, site: Site) -> tuple[Array, Array]:
     along, gap = states @ direction, edges[1] - edges[0]
     # a mixture of tokens of opposite gradients lies outside of its own bin
     inside = (along > edges[:-1][loud] - gap) & (along < edges[1:][loud] + gap)
-    return states[inside], np.abs(changed_m[loud][inside])
+    weights = np.abs(changed_m[loud][inside])
+    return states[inside], weights / max(float(weights.sum()), 1e-30)
 
 
 def _pictures(
@@ -141,29 +171,51 @@ def _pictures(
     import torch
 
     from privfed_attacks.images import pixel_range
-    from privfed_attacks.inversion.pixels import total_variation
 
-    low, high = (bound.expand(int(setting.sequences or 1), -1, -1, -1) for bound in pixel_range(model))
-    span, wanted = float((high - low).max()), torch.tensor(states_Kd).float()
+    low, high = pixel_range(model)
+    span, wanted = high - low, torch.tensor(states_Kd).float()
     weights = torch.tensor(weights_K / weights_K.sum()).float()
     scale = (wanted - wanted.mean(0)).square().sum(1).mean().clamp_min(1e-12)
     draw = torch.Generator().manual_seed(setting.seed)
-    best, least = low.numpy(), float("inf")
+    usual = (low + high) / 2 if setting.images is None else torch.tensor(setting.images.mean(0, keepdims=True))
+    middle = torch.logit(((usual - low) / span).clamp(0.02, 0.98))
+
+    def unexplained(x: torch.Tensor) -> torch.Tensor:
+        given = _captured(model, site, x).flatten(0, -2)
+        apart = torch.cdist(wanted, given).square().min(dim=1).values / scale
+        return (weights * apart / (apart + _OUTLIER)).sum()  # a mixture of tokens is no state: it must not pull
+
+    found = []
     for _ in range(config.starts):
-        x = (low + (high - low) * torch.rand(low.shape, generator=draw)).requires_grad_(True)
-        optimizer = torch.optim.Adam([x], lr=config.learning_rate * span)
-        far = torch.zeros(())
-        for _step in range(config.steps):
-            given = _captured(model, site, x).flatten(0, -2)
-            far = (weights * torch.cdist(wanted, given).square().min(dim=1).values).sum() / scale
-            loss = far + config.variation * total_variation(x) / span
-            (x.grad,) = torch.autograd.grad(loss, x)
-            optimizer.step()
-            with torch.no_grad():
-                x.clamp_(low, high)
-        if float(far.detach()) < least:
-            best, least = x.detach().numpy().copy(), float(far.detach())
+        z = middle + 0.5 * torch.randn(int(setting.sequences or 1), *low.shape[1:], generator=draw)
+        found.append(_search(z.requires_grad_(True), low, span, unexplained, config))
+    best, least = min(found, key=lambda each: each[1])
     return best, least
+
+
+def _search(
+    z: torch.Tensor,
+    low: torch.Tensor,
+    span: torch.Tensor,
+    unexplained: Callable[[torch.Tensor], torch.Tensor],
+    config: AdapterBinsConfig,
+) -> tuple[NDArray[np.float32], float]:
+    """Return (pictures, what they leave unexplained) at the end of one search, by L-BFGS on the pixels' logits."""
+    import torch
+
+    from privfed_attacks.inversion.pixels import total_variation
+
+    search = torch.optim.LBFGS([z], max_iter=config.steps, history_size=50, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        x = low + span * torch.sigmoid(z)
+        loss = 100 * (unexplained(x) + config.variation * total_variation(x) / span.max())
+        (z.grad,) = torch.autograd.grad(loss, z)
+        return loss
+
+    search.step(closure)  # type: ignore[no-untyped-call]
+    x = (low + span * torch.sigmoid(z)).detach()
+    return x.numpy(), float(unexplained(x).detach())
 
 
 def _adapters(model: PublicModel) -> list[Site]:

@@ -12,15 +12,17 @@ What is added here:
 * **Stacking.** Query, key and value of a block get the same input, so their gradients share one span: a LoRA of rank r
   on three of them shows 3r directions of it a step.
 * **Accumulation over rounds.** Adapters are trained over *frozen* embeddings, so the inputs of the same texts are the
-  same in every round, and so is their span. A rank-r update that hides all but r directions of it hides nothing after
-  (distinct inputs) / r rounds. In a *sum over clients* the rows lie in the span of all their inputs together: secure
-  aggregation of C clients takes C times as many rounds and stops the attack only when the inputs of the cohort
-  (cohort size x distinct tokens and positions) come near the width d, or the rounds are fewer. Where the layers below
-  are trained, the inputs move, and only rounds with the same parameters there are stacked.
-* **Thresholds from the noise** (``privfed_attacks.text.spans``).
+  same in every round, and so is their span. In a *sum over clients* the rows lie in the span of all their inputs
+  together: secure aggregation does not hide them. Where the layers below are trained, the inputs move, and only rounds
+  with the same parameters there are stacked.
+* **Inputs are looked for together** (``privfed_attacks.text.pursuit``): the few entries of the known dictionary that
+  explain all rows, which takes far fewer directions than there are inputs. A rank-r update that shows but r directions
+  hides nothing; what counts is how many distinct inputs there are against the width d.
+* **What is noise is known** (``privfed_attacks.text.spans``): rounding, the codec, DP noise.
 * LoRA's B (FFA-LoRA): its rows lie in the span of A x, r wide, so it says something only for fewer than r inputs.
 
-Limits: dropout in the embeddings, Adam (its step is no linear function of the gradient), large batches against d.
+Limits: dropout in the embeddings, Adam (its step is no linear function of the gradient), more distinct inputs in a sum
+than about half of the width.
 """
 
 from __future__ import annotations

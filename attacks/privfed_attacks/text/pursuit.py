@@ -231,7 +231,8 @@ class _Search:
 
     def _of_pool(self, rest_kd: Array, pool_Md: Array, taken_ds: Array, usual: float) -> list[int]:
         """Return which entries of a pool to take, in order."""
-        rest_kd, found = rest_kd.copy(), []
+        rest_kd = rest_kd.copy()
+        found: list[int] = []
         whole_M = np.sum(pool_Md**2, axis=1)
         outside_Md = pool_Md - (pool_Md @ taken_ds) @ taken_ds.T
         while len(found) < min(self.limits.each, self.most - len(self.pairs)):

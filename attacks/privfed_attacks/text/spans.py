@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from privfed_attacks.codec_noise import codec_noise
 from privfed_attacks.observation import Observation
 
 Array = NDArray[np.float64]
@@ -118,17 +119,18 @@ def noise_of(observation: Observation, name: str) -> float:
 
     * float32: a client subtracts two parameters of which each step rounded the second; the average of several clients
       is rounded less often than once per client.
-    * quantisation: the values of a payload lie on a grid, and its step is read off them.
+    * compression: the public codec is run on values of the same size (``privfed_attacks.codec_noise``); where it is the
+      identity, values of a masked sum still lie on a grid, and its step is read off them.
     * DP noise of the clients themselves: from the public configuration.
     """
     side, value = observation.side, observation.payload[name]
     steps = side.client.local_steps if side.client is not None else 1
     before = observation.params.get(name, value)
     rounding = steps * np.mean(np.spacing(np.abs(before)).astype(np.float64) ** 2) / 12
-    # the average of n messages lies on a grid n times finer than theirs; stochastic rounding is off by twice as much
-    stochastic = 6 if "quantizer" in str(getattr(side.compression, "name", "")) else 12
-    grid = grid_step(value) ** 2 * observation.contributors / stochastic
-    return float(np.sqrt(rounding + grid + _private(observation) ** 2))
+    added = codec_noise(observation).get(name)
+    if added is None:  # the average of n messages lies on a grid n times finer than theirs
+        added = grid_step(value) * float(np.sqrt(observation.contributors / 12))
+    return float(np.sqrt(rounding + added**2 + _private(observation) ** 2))
 
 
 def grid_step(value: NDArray[np.float32]) -> float:

@@ -63,7 +63,8 @@ def cells(grid: Grid) -> tuple[Cell, ...]:
 
 
 def _cells(grid: Grid) -> Iterator[Cell]:
-    for seed, *labels in itertools.product(grid.seeds, *(grid.labels(axis) for axis in AXES)):
+    places = itertools.product(*(grid.labels(axis) for axis in AXES))
+    for seed, labels in itertools.product(grid.seeds, list(places)):
         place = dict(zip(AXES, labels, strict=True))
         try:
             config = load_config(grid.base, settings_of(grid, place, seed))

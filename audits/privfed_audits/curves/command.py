@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from privfed_audits.curves.cells import Cell, cells, distinct
 from privfed_audits.curves.grid import Grid, load_grid
 from privfed_audits.curves.page.write import write_figures, write_page
 from privfed_audits.curves.recommend import Constraint, parse, recommend, write_runs
-from privfed_audits.curves.results import Results, results
+from privfed_audits.curves.results import CONTRADICTED, Results, results
 from privfed_audits.curves.schedule import Progress, run_all
 from privfed_audits.curves.store import Store, locked, open_store
 from privfed_audits.curves.tables import tables, write_tables
 
-# the page is written anew at most this often while cells are running, and takes a second
+# while cells are running, the page is written anew at most this often, and for at most this share of the time
 EARLY_LOOK_SECONDS = 10.0
+EARLY_LOOK_SHARE = 0.05
 Say = Callable[[str], None]
 
 
@@ -25,6 +26,7 @@ def curves(
     source: str,
     *,
     out: Path,
+    settings: Sequence[str] = (),
     resume: bool = False,
     jobs: int | None = None,
     constraints: str | None = None,
@@ -35,6 +37,7 @@ def curves(
     Args:
         source: A TOML file or a preset.
         out: The grid's folder: new, or with ``resume`` the one to continue.
+        settings: More settings for every cell, ``key=value``; a resumed grid needs the same.
         resume: Continue the grid; its finished cells stand, failed ones are run again.
         jobs: At most so many cells at once; None for as many as there are cores and memory for.
         constraints: Recommend under these, and write the run.toml of the best.
@@ -47,7 +50,7 @@ def curves(
         ConfigError: If the grid, the constraints or the folder cannot be used.
     """
     asked = parse(constraints) if constraints is not None else ()
-    grid = load_grid(source)
+    grid = load_grid(source, settings)
     found = cells(grid)
     store = open_store(out, grid, resume=resume)
     with locked(out):
@@ -75,6 +78,7 @@ def summary(found: Results, out: Path, asked: tuple[Constraint, ...] = ()) -> di
         "page": str(out / "curves.html"),
         "cells": len(found.cells),
         **{state: states.count(state) for state in ("done", "refused", "failed")},
+        "contradicted": [cell.name for cell, state, _ in found.troubles() if state == CONTRADICTED],
         "choice": None if found.choice is None else found.choice.sentence,
         "recommendation": None,
     }
@@ -93,6 +97,8 @@ def lines(answer: dict[str, Any]) -> list[str]:
     """Return the answer in words."""
     counted = f"{answer['done']} of {answer['cells']} done, {answer['refused']} refused, {answer['failed']} failed."
     found = [f"Cells:      {counted}", f"Page:       {answer['page']}"]
+    if answer["contradicted"]:
+        found.append(f"CONTRADICTED: the audit proves more than is promised of {'; '.join(answer['contradicted'])}.")
     if answer["choice"]:
         found.append(f"To take:    {answer['choice']}")
     advice = answer["recommendation"]
@@ -132,14 +138,16 @@ class _Shown:
 
     def __init__(self, grid: Grid, found: tuple[Cell, ...], store: Store) -> None:
         self._grid, self._cells, self._store = grid, found, store
-        self._last = -EARLY_LOOK_SECONDS
+        self._next = 0.0
 
     def now_and_then(self) -> None:
         """Write the page, unless it was written just now."""
-        if time.monotonic() - self._last < EARLY_LOOK_SECONDS:
+        started = time.monotonic()
+        if started < self._next:
             return
         show(results(self._grid, self._cells, self._store.read()), self._store)
-        self._last = time.monotonic()
+        took = time.monotonic() - started
+        self._next = time.monotonic() + max(EARLY_LOOK_SECONDS, took / EARLY_LOOK_SHARE)
 
 
 __all__ = ["curves", "lines", "show", "summary"]

@@ -113,8 +113,12 @@ def grid_presets() -> dict[str, str]:
     return {f.name.removesuffix(".toml"): f.read_text(encoding="utf-8") for f in sorted(files, key=lambda f: f.name)}
 
 
-def load_grid(source: str) -> Grid:
+def load_grid(source: str, settings: Sequence[str] = ()) -> Grid:
     """Return the grid of a TOML file or a preset; a path that exists wins.
+
+    Args:
+        source: The path or the name.
+        settings: More settings for every cell, which come after the grid's own.
 
     Raises:
         ConfigError: If it cannot be read, a key is unknown, or a value cannot hold.
@@ -135,7 +139,8 @@ def load_grid(source: str) -> Grid:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source} is not valid TOML: {error}.") from error
-    return parse_grid(raw, where=source)
+    found = parse_grid(raw, where=source)
+    return found.model_copy(update={"settings": [*found.settings, *settings]}) if settings else found
 
 
 def parse_grid(raw: Mapping[str, Any], *, where: str) -> Grid:

@@ -32,7 +32,7 @@ class Leak:
         interval: Its interval as the audit gives it.
         ceiling: What the bound would give against an ideal Gaussian mechanism of the accounted epsilon.
         auc: Area under the best attack's curve.
-        tpr: True positives at ``fpr`` false ones, with its interval ``tpr_interval``.
+        tpr: A false positive rate and the true positive rate there; None with too few canaries for any.
     """
 
     accounted: float | None
@@ -40,9 +40,7 @@ class Leak:
     interval: tuple[float, float]
     ceiling: float | None
     auc: float
-    tpr: float
-    fpr: float
-    tpr_interval: tuple[float, float]
+    tpr: tuple[float, float] | None
     attack: str
     bound: str
     canaries: int
@@ -181,9 +179,7 @@ def _leak(record: Record, view: str) -> Leak:
         interval=(empirical if low is None else low, math.inf if high is None else high),
         ceiling=found.get("ceiling"),
         auc=float(found["auc"]),
-        tpr=float(tpr["tpr"]),
-        fpr=float(tpr["fpr"]),
-        tpr_interval=(float(tpr["low"]), float(tpr["high"])),
+        tpr=None if tpr is None else (float(tpr["fpr"]), float(tpr["tpr"])),
         attack=str(found["attack"]),
         bound=str(found["bound"]),
         canaries=int(found["canaries"]),

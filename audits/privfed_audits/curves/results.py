@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from privfed_audits.curves.cells import Cell, distinct
 from privfed_audits.curves.compare import Choice, Matched, choose, front, matched
 from privfed_audits.curves.grid import Grid
 from privfed_audits.curves.measures import Point, Setting, points, settings, utility_name
 from privfed_audits.curves.store import Record
+
+CONTRADICTED = "contradicted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,7 @@ class Results:
         return len(distinct(self.cells).keys() & self.records.keys())
 
     def troubles(self) -> list[tuple[Cell, str, str]]:
-        """Return (cell, ``refused``, ``failed`` or ``not audited``, why) of each cell that has less than it should."""
+        """Return (cell, what, why) of each cell that was refused, has failed, was not audited, or is contradicted."""
         found = []
         for cell in self.cells:
             record = self.records.get(cell.key, {})
@@ -56,6 +59,8 @@ class Results:
                 found.append((cell, str(record["state"]), str(record["reason"])))
             elif "failed" in record.get("audit", {}):
                 found.append((cell, "not audited", str(record["audit"]["failed"])))
+            elif record.get("audit", {}).get("contradicted"):
+                found.append((cell, CONTRADICTED, _broken(record["audit"])))
         return found
 
     def state(self, cell: Cell) -> str:
@@ -63,6 +68,12 @@ class Results:
         if cell.config is None:
             return "refused"
         return str(self.records.get(cell.key, {"state": "waiting"})["state"])
+
+
+def _broken(audit: Mapping[str, Any]) -> str:
+    from privfed_audits.audit import contradiction  # loads torch, which showing a grid does not need
+
+    return contradiction(audit) or ""
 
 
 def results(grid: Grid, cells: Sequence[Cell], records: Mapping[str, Record]) -> Results:

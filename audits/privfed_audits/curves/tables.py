@@ -14,7 +14,6 @@ from privfed_audits.curves.cells import place_of
 from privfed_audits.curves.grid import AXES
 from privfed_audits.curves.measures import Leak, Point, Setting
 from privfed_audits.curves.results import Results
-from privfed_audits.curves.work import allowed_tpr, thinned
 from privfed_audits.statistics import Estimate
 
 Value = str | float | int | None
@@ -138,16 +137,16 @@ def _claim(leaks: Sequence[Leak]) -> dict[str, Value]:
         "bound": first.bound,
         "canaries": first.canaries,
         "seeds": len(leaks),
-        "tpr_fpr": first.fpr,
-        "tpr": sum(leak.tpr for leak in leaks) / len(leaks),
+        "tpr_fpr": None if first.tpr is None else first.tpr[0],
+        "tpr": None if first.tpr is None else sum(leak.tpr[1] for leak in leaks if leak.tpr) / len(leaks),
     }
 
 
 def _roc(found: Results) -> Iterator[dict[str, Value]]:
     for point in found.points:
         for view in point.leaks:
-            roc = thinned(point.record["audit"]["views"][view]["roc"])
-            limits = allowed_tpr(point.record["promises"][view]["curve"], roc["fpr"])
+            roc = point.record["audit"]["views"][view]["roc"]
+            limits = roc["allowed"] or [None] * len(roc["fpr"])
             place: dict[str, Value] = {**place_of(point.cell), "view": view}
             for fpr, tpr, low, high, most in zip(roc["fpr"], roc["tpr"], roc["low"], roc["high"], limits, strict=True):
                 yield {**place, "fpr": fpr, "tpr": tpr, "tpr_low": low, "tpr_high": high, "tpr_allowed": most}

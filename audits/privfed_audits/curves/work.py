@@ -16,9 +16,8 @@ from typing import Any
 from privfed.errors import ConfigError, DataError, ModelError, PrivfedError
 from privfed.federation.shared import SharedWork
 from privfed.report.load import load_metrics
-from privfed.report.tradeoff import hit_rate_bound
 from privfed.run_config import RunConfig
-from privfed.types import VIEWS
+from privfed.types import VIEWS, View
 from privfed_audits.curves.store import Record
 
 REFUSALS = (ConfigError, DataError, ModelError)
@@ -42,7 +41,7 @@ def run_cell(
         record = {"state": "done", **_trained(config, folder, shared)}
         record["train_cpu_seconds"] = round(time.process_time() - started, 2)
         if audit:
-            record["audit"] = _audited(folder, attacks)
+            record["audit"] = _audited(folder, attacks, shared)
     except REFUSALS as error:
         record = {"state": "refused", "reason": str(error)}
     except PrivfedError as error:
@@ -94,30 +93,37 @@ def _promise(receipt: Mapping[str, Any], view: str) -> Record:
     """Return what the accountant says of a view; of an experiment's noise what it would have been."""
     stated = receipt["views"][view]
     if stated["epsilon"] is not None:
-        curve = stated["curve"]
-        return {"epsilon": stated["epsilon"], "delta": stated["delta"], "unit": stated["unit"], "curve": curve}
+        return {"epsilon": stated["epsilon"], "delta": stated["delta"], "unit": stated["unit"]}
     simulated = receipt.get("simulated", {})
     epsilon = simulated.get("epsilon", {}).get(view)
     if epsilon is None:
-        return {"epsilon": None, "delta": None, "unit": None, "curve": [], "why": stated["why"]}
-    delta = simulated["delta"]
-    return {"epsilon": epsilon, "delta": delta, "unit": receipt["setting"]["unit"], "curve": [[epsilon, delta]]}
+        return {"epsilon": None, "delta": None, "unit": None, "why": stated["why"]}
+    return {"epsilon": epsilon, "delta": simulated["delta"], "unit": receipt["setting"]["unit"]}
 
 
-def _audited(folder: Path, attacks: Sequence[str]) -> Record:
+def _audited(folder: Path, attacks: Sequence[str], shared: SharedWork) -> Record:
     """Return what the audit found, or why it found nothing; the run counts either way."""
     from privfed_audits.audit import audit
 
     try:
-        return dict(audit(folder, attacks=list(attacks) or None))
+        found = dict(audit(folder, attacks=list(attacks) or None, shared=shared, as_if_secret=True))
     except PrivfedError as error:
         return {"failed": str(error)}
+    for view, entry in found["views"].items():
+        entry["roc"] = thinned(entry["roc"])
+        entry["roc"]["allowed"] = _allowed(folder, view, entry["roc"]["fpr"])
+    return found
 
 
-def allowed_tpr(curve: Sequence[Sequence[float]], fpr: Sequence[float]) -> list[float]:
-    """Return the most true positives that an (epsilon, delta) curve allows at each rate of false ones."""
-    points = [(float(epsilon), float(delta)) for epsilon, delta in curve]
-    return [hit_rate_bound(points, rate) for rate in fpr]
+def _allowed(folder: Path, view: View, fpr: Sequence[float]) -> list[float] | None:
+    """Return the most true positives that the accountant allows at these false ones; None without a guarantee."""
+    import numpy as np
+
+    from privfed.report.receipt import read_receipt
+    from privfed_audits.claims import claim_of
+
+    limit = claim_of(read_receipt(folder / "receipt.json"), view, as_if_secret=True).tradeoff()
+    return None if limit is None else [float(tpr) for tpr in limit.tpr(np.asarray(fpr))]
 
 
 def thinned(roc: Mapping[str, Sequence[float]], most: int = ROC_POINTS) -> dict[str, list[float]]:
@@ -135,11 +141,13 @@ def thinned(roc: Mapping[str, Sequence[float]], most: int = ROC_POINTS) -> dict[
 
 def worker(connection: Any, folder: str, audit: bool, attacks: Sequence[str]) -> None:
     """Run the cells that come over ``connection`` until it closes; the entry point of a worker process."""
+    import signal
     import threading
     from multiprocessing import parent_process
 
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who stops a grid at the terminal stops it through its parent
     torch.set_num_threads(1)  # the bits of a result must not depend on how many cells run at once
     parent = parent_process()
     if parent is not None:
@@ -177,4 +185,4 @@ def _end_with(wait: Callable[[], None]) -> None:
     os._exit(1)
 
 
-__all__ = ["allowed_tpr", "peak_memory", "run_cell", "thinned", "worker"]
+__all__ = ["peak_memory", "run_cell", "thinned", "worker"]

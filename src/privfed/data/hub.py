@@ -6,8 +6,10 @@ found there again without a network. Code that comes with a data set is never ru
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
+from privfed import objects
 from privfed.data.config import DataConfig
 from privfed.data.records import columns_of, form_of, has_labels
 from privfed.data.rows import LABEL_NAME_COLUMN, RawDataset, RawTable
@@ -41,7 +43,7 @@ def read_hub(config: DataConfig, built_in: tuple[str, ...] = (), task: Task = "s
         if name in tables and (not has_labels(task) or _any_labels(tables[name], config.label))
     ]
     return RawDataset(
-        name=str(config.name),
+        name=objects.short(str(config.name)),
         train=tables["train"],
         test=tables[tests[0]] if tests else None,
         source=source_of(called, splits["train"]),
@@ -50,11 +52,13 @@ def read_hub(config: DataConfig, built_in: tuple[str, ...] = (), task: Task = "s
 
 
 def download(config: DataConfig, built_in: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-    """Return the splits of the hub data set ``config.name`` and what messages call it.
+    """Return the splits of the hub data set or the object ``config.name``, and what messages call it.
 
     Raises:
         DataError: If it cannot be had, or has no split called ``train``.
     """
+    if objects.is_object(config.name):
+        return _handed(str(config.name)), "the data set that was handed over"
     splits = _download(config, built_in)
     called = repr(config.name) + (f" (subset {config.subset!r})" if config.subset is not None else "")
     if "train" not in splits:
@@ -67,10 +71,28 @@ def download(config: DataConfig, built_in: tuple[str, ...]) -> tuple[dict[str, A
 
 def source_of(called: str, train: Any) -> str:
     """Return the sentence that says where the rows come from, with the licence where the hub tells it."""
+    if not called.startswith("'"):
+        return f"{called[0].upper()}{called[1:]}, a datasets.Dataset."
     return f"The hub data set {called}; {getattr(train.info, 'license', '') or 'see its page for the licence'}."
 
 
+def _handed(name: str) -> dict[str, Any]:
+    splits: dict[str, Any] | None = objects.find(name)
+    if splits is None:
+        raise DataError(
+            f"[data] name = {objects.short(name)!r}... stands for a data set that Python code handed over, and it is "
+            "not here: pass the same data= (and test=) to privfed.train or privfed.load_run, or set [data] path."
+        )
+    return splits
+
+
 def _download(config: DataConfig, built_in: tuple[str, ...]) -> dict[str, Any]:
+    if importlib.util.find_spec("datasets") is None:
+        raise DataError(
+            f"The data set {config.name!r} is not built in.{nearest(str(config.name), built_in)} "
+            "Data sets of the hub need the package datasets, which is not installed: run `pip install "
+            "'privfed[hub]'`, or set [data] path to a csv, tsv, jsonl or parquet file."
+        )
     import datasets
 
     failures = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)

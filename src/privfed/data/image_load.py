@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from privfed import objects
 from privfed.data.config import DataConfig
 from privfed.data.hub import TEST_SPLITS, download, source_of
 from privfed.data.image_files import SUFFIX, is_image_file, read_image_files
@@ -60,7 +61,7 @@ def _read_hub(config: DataConfig) -> RawImages:
     }
     tests = [name for name in TEST_SPLITS if name in tables]
     return RawImages(
-        name=str(config.name),
+        name=objects.short(str(config.name)),
         train=tables["train"],
         test=tables[tests[0]] if tests else None,
         source=source_of(called, splits["train"]),

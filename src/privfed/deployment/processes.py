@@ -97,17 +97,26 @@ def start(name: str, command: Sequence[str], *, log: Path, env: Mapping[str, str
     return Process(name, list(command), log, popen)
 
 
-def run(command: Sequence[str], *, env: Mapping[str, str], seconds: float = 120.0) -> subprocess.CompletedProcess[str]:
-    """Run one of Flower's commands to its end and return what it said."""
-    return subprocess.run(
-        list(command),
-        env=dict(env),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
+def run(command: Sequence[str], *, env: Mapping[str, str], seconds: float = 600.0) -> subprocess.CompletedProcess[str]:
+    """Run one of Flower's commands to its end and return what it said.
+
+    Raises:
+        PrivfedError: If it does not end in time.
+    """
+    try:
+        return subprocess.run(
+            list(command),
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PrivfedError(
+            f"{shown(command)} did not end within {seconds:g} s: see whether the SuperLink is up."
+        ) from error
 
 
 def shown(command: Sequence[str]) -> str:
@@ -116,7 +125,7 @@ def shown(command: Sequence[str]) -> str:
     return "$ " + shlex.join([Path(first).name, *rest])
 
 
-def wait_for_port(host: str, port: int, process: Process, seconds: float = 90.0) -> None:
+def wait_for_port(host: str, port: int, process: Process, seconds: float = 300.0) -> None:
     """Wait until a process listens.
 
     Raises:

@@ -22,7 +22,7 @@ from privfed.files import write_atomic
 
 LINK = "privfed"
 LOOK_SECONDS = 0.5
-GONE_SECONDS = 60.0
+START_SECONDS = 600.0
 Say = Callable[[str], None]
 
 
@@ -178,7 +178,7 @@ def _follow(options: ServeOptions, link: Process, say: Say) -> dict[str, Any]:
         if not link.running:
             raise PrivfedError(f"The SuperLink ended; start again with --resume. {link.tail()}")
         gone = pid.exists() and not _alive(int(pid.read_text() or 0))
-        late = not pid.exists() and time.monotonic() - started > GONE_SECONDS * 3
+        late = not pid.exists() and time.monotonic() - started > START_SECONDS
         if (gone or late) and not outcome.exists():
             raise PrivfedError(f"The ServerApp is gone; start again with --resume. Its log is {link.log}.")
         time.sleep(LOOK_SECONDS)

@@ -1,8 +1,8 @@
 """Canaries in a run: their coins, and who holds them.
 
-The coins are tossed once, by the operating system, and written to ``coins.json`` in the run folder before any data is
-read; a resumed run reads them. Nothing but the division of the data over clients depends on them, and only an audit's
-scorer opens the file.
+The coins are tossed once, by the operating system (from the seed where the noise is reproducible too), and written to
+``coins.json`` in the run folder before any data is read; a resumed run reads them. Nothing but the division of the data
+over clients depends on them, and only an audit's scorer opens the file.
 
 Shape suffix: M canaries.
 """
@@ -80,7 +80,10 @@ def toss(folder: Path, config: RunConfig, *, started: bool) -> Bits:
         return bits_M
     if started:
         raise ResumeError(f"{path} is gone: the run cannot go on without its canaries' coins; start another.")
-    packed = secrets.token_bytes((count + 7) // 8)
+    size = (count + 7) // 8
+    # coins of an experiment follow from its seed, as its noise does: configurations are then compared on the same ones
+    seeded = config.privacy.reproducible_noise
+    packed = experiment_rng(config.seed, "canaries", "coins").bytes(size) if seeded else secrets.token_bytes(size)
     content = {"canary": config.audit.canary, "count": count, "bits": packed.hex()}
     write_atomic(path, (json.dumps(content) + "\n").encode())
     path.chmod(0o600)

@@ -82,8 +82,8 @@ class RunFolder:
         write_atomic(self.path / name, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def create(path: Path, config_toml: str) -> RunFolder:
-    """Make a new run folder and write the resolved configuration into it.
+def check_new(path: Path) -> None:
+    """Find out whether a run folder can be made at ``path``.
 
     Raises:
         ResumeError: If the folder holds another run, or is not a folder.
@@ -96,6 +96,15 @@ def create(path: Path, config_toml: str) -> RunFolder:
         )
     if path.exists() and any(entry.name not in _UNBORN for entry in path.iterdir()):
         raise ResumeError(f"The folder {path} is not empty and holds no run: pass an empty or new folder with -o.")
+
+
+def create(path: Path, config_toml: str) -> RunFolder:
+    """Make a new run folder and write the resolved configuration into it.
+
+    Raises:
+        ResumeError: If the folder holds another run, or is not a folder.
+    """
+    check_new(path)
     path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path=path, run_id=uuid.uuid4().hex, created=datetime.now(UTC).isoformat(timespec="seconds"))
     folder.write_json("run.json", {"run_id": folder.run_id, "created": folder.created})

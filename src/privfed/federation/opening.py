@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from privfed import objects
 from privfed.config import RunConfig, differences, parse_config
 from privfed.errors import ConfigError, ResumeError
 from privfed.federation import folder as folders
@@ -34,12 +35,24 @@ def open_folder(config: RunConfig, out: Path, *, resume: bool) -> RunFolder:
         return folders.create(out, config.to_toml())
     run_folder, raw = folders.reopen(out)
     stored = parse_config(raw, where=str(out / "config.toml"))
-    changed = differences(stored, config)
+    # where figures are sent changes nothing of the run
+    changed = [line for line in differences(stored, config) if not line.startswith("tracking.")]
+    for table in ("data", "model"):
+        before, now = getattr(stored, table).name, getattr(config, table).name
+        if before != now and (objects.is_object(before) or objects.is_object(now)):
+            raise ResumeError(
+                f"The run in {out} was started with {table}.name = {_named(before)}, and now it is {_named(now)}: "
+                f"hand over the same object ({table}=...), with the same content in the same order."
+            )
     if changed:
         raise ResumeError(
             f"The run in {out} has another configuration ({'; '.join(changed)}): resume with the same one."
         )
     return run_folder
+
+
+def _named(name: str | None) -> str:
+    return "unset" if name is None else repr(objects.short(name)) if objects.is_object(name) else repr(name)
 
 
 def open_ledger(config: RunConfig, run_folder: RunFolder, *, elsewhere: bool) -> Ledger:

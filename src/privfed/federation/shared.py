@@ -148,7 +148,7 @@ NOTHING = SharedWork(keep=0)
 
 def tensors_digest(module: Any, tensors: Iterable[Any]) -> str:
     """Return the SHA-256 of a model's shape and of these tensors of it, in order."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     described = config.to_json_string() if hasattr(config, "to_json_string") else repr(config)
     state = hashlib.sha256(described.encode())
     for tensor in tensors:

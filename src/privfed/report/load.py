@@ -232,25 +232,13 @@ def load_metrics(path: Path) -> Metrics:
     Raises:
         ConfigError: If any other line is not what it should be.
     """
-    if not path.exists():
-        return Metrics()
-    text = _read(path)
-    lines = text.splitlines()
-    start, finish, torn = None, None, False
+    lines, torn = _read_lines(path)
+    start, finish = None, None
     evals: dict[tuple[str, int], Eval] = {}
     rounds: dict[tuple[str, int], Round] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, values in lines:
         where = f"{path}, line {number},"
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            if number == len(lines) and not text.endswith("\n"):
-                torn = True
-                break
-            raise ConfigError(f"{where} is not valid JSON: {error}.") from error
-        match values.get("kind") if isinstance(values, dict) else None:
+        match values["kind"]:
             case "start":
                 start = _parse(Start, values, where)
             case "eval":
@@ -261,8 +249,6 @@ def load_metrics(path: Path) -> Metrics:
                 rounds[done.phase, done.round] = done
             case "finish":
                 finish = _parse(Finish, values, where)
-            case None:
-                raise ConfigError(f"{where} has no 'kind': expected an object as 'privfed train' writes it.")
     return Metrics(
         start=start,
         evals=tuple(sorted(evals.values(), key=_order)),
@@ -270,6 +256,41 @@ def load_metrics(path: Path) -> Metrics:
         finish=finish,
         torn=torn,
     )
+
+
+def load_rows(path: Path) -> tuple[dict[str, Any], ...]:
+    """Return the lines of ``metrics.jsonl`` as they are; of a round that was written twice, the later ones.
+
+    Raises:
+        ConfigError: If a line is not what it should be.
+    """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for _, values in _read_lines(path)[0]:
+        rows[values["kind"], values.get("phase"), values.get("round")] = values
+    return tuple(rows.values())
+
+
+def _read_lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], bool]:
+    """Return (line number, object) of every line, and whether a kill cut the last one short."""
+    if not path.exists():
+        return [], False
+    text = _read(path)
+    lines = text.splitlines()
+    found: list[tuple[int, dict[str, Any]]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number},"
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            if number == len(lines) and not text.endswith("\n"):
+                return found, True
+            raise ConfigError(f"{where} is not valid JSON: {error}.") from error
+        if not isinstance(values, dict) or values.get("kind") is None:
+            raise ConfigError(f"{where} has no 'kind': expected an object as 'privfed train' writes it.")
+        found.append((number, values))
+    return found, False
 
 
 def _order(line: Eval | Round) -> tuple[bool, int]:

@@ -74,8 +74,8 @@ def record(cell: Cell, *, views: tuple[str, ...] = ("aggregate", "release")) -> 
     epsilon = {"none": None, "epsilon 8": 8.0, "epsilon 2": 2.0}[cell.privacy]
     cost = {"none": 0.0, "epsilon 8": 0.05, "epsilon 2": 0.14}[cell.privacy]
     mu = strength * (3.0 if epsilon is None else epsilon_to_mu(epsilon, DELTA))
-    promise = {"epsilon": epsilon, "delta": DELTA, "unit": "example", "curve": [[epsilon, DELTA]]}
-    nothing = {"epsilon": None, "delta": None, "unit": None, "curve": [], "why": "no noise was added"}
+    promise = {"epsilon": epsilon, "delta": DELTA, "unit": "example"}
+    nothing = {"epsilon": None, "delta": None, "unit": None, "why": "no noise was added"}
     sent = BYTES[cell.codec] * (0.1 if cell.tuning == "head" else 1.0)
     return {
         "state": "done",
@@ -117,6 +117,8 @@ def _view(mu: float, epsilon: float | None, rng: np.random.Generator) -> dict[st
     hits = np.array([(inside >= t).sum() for t in [np.inf, *outside[::-1]]])
     n = CANARIES // 2
     low, high = beta.ppf(0.025, hits, n - hits + 1), beta.ppf(0.975, hits + 1, n - hits)
+    thin = slice(None, None, 5)
+    allowed = None if epsilon is None else ndtr(ndtri(fpr[thin]) + epsilon_to_mu(epsilon, DELTA)).tolist()
     found = max(0.0, mu_to_epsilon(max(mu - 0.6 + rng.normal(0, 0.1), 0.0), DELTA))
     return {
         "attack": "gradient",
@@ -131,10 +133,11 @@ def _view(mu: float, epsilon: float | None, rng: np.random.Generator) -> dict[st
         "auc": float(ndtr(mu / np.sqrt(2)) + rng.normal(0, 0.01)),
         "tpr_at_fpr": {"fpr": 0.01, "tpr": float(ndtr(mu + ndtri(0.01))), "low": 0.01, "high": 0.9},
         "roc": {
-            "fpr": fpr.tolist(),
-            "tpr": (hits / n).tolist(),
-            "low": np.nan_to_num(low).tolist(),
-            "high": np.nan_to_num(high, nan=1.0).tolist(),
+            "fpr": fpr[thin].tolist(),
+            "tpr": (hits / n)[thin].tolist(),
+            "low": np.nan_to_num(low)[thin].tolist(),
+            "high": np.nan_to_num(high, nan=1.0)[thin].tolist(),
+            "allowed": allowed,
         },
         "assumptions": ["The canaries do not interact."],
     }

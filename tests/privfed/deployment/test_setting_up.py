@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +18,11 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 
 from privfed.config import RunConfig
 from privfed.deployment.certificates import lab_files, node_keys
+from privfed.deployment.join import opened_site
 from privfed.deployment.site_config import read_site
 from privfed.errors import ConfigError
 from privfed.federation.engines.flower.enrol import SiteKeys, make_card
+from privfed.federation.engines.flower.envelope import Ask, Reply
 from privfed.federation.sites import Sites, read_sites
 
 SITE = """
@@ -101,3 +107,44 @@ def test_a_sites_secret_is_its_own(tmp_path: Path) -> None:
     assert one.client("x").public != one.client("y").public
     assert stat.S_IMODE((tmp_path / "a" / "site.secret").stat().st_mode) == 0o600
     assert one.secret.hex() not in repr(one)
+
+
+@pytest.mark.slow
+def test_a_site_answers_at_a_socket_and_stops_cleanly(tmp_path: Path, tiny_config: Callable[..., RunConfig]) -> None:
+    client_app = pytest.importorskip(
+        "privfed.federation.engines.flower.client_app", reason="Flower is not installed: pip install 'privfed[flower]'"
+    )
+    card = make_card(tiny_config(), "north", SiteKeys.load(tmp_path / "north"), part=(0, 2))
+    (tmp_path / "roster.toml").write_text(card.to_toml())
+    (tmp_path / "north.toml").write_text(SITE)
+    path = tmp_path / "s"
+    command = [sys.executable, "-m", "privfed.cli", "join", "north.toml", "--socket", str(path)]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not path.exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            ask = Ask(kind="hello", run_id="", body={"nonce": b"1"}).to_bytes()
+            reply = Reply.from_bytes(client_app.ask_socket(path, ask), ask, {"north": bytes.fromhex(card.identity)})
+            assert reply.status == "ok"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+        assert process.stderr is not None
+        assert "privfed-site=" in process.stderr.read()
+    assert not path.exists()
+
+
+def test_a_site_with_other_keys_than_the_rosters_does_not_start(
+    tmp_path: Path, tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    card = make_card(tiny_config(), "north", SiteKeys.load(tmp_path / "elsewhere"), part=(0, 2))
+    (tmp_path / "roster.toml").write_text(card.to_toml())
+    (tmp_path / "north.toml").write_text(SITE)
+    with (
+        pytest.raises(ConfigError, match="pins other keys for north"),
+        opened_site(read_site(tmp_path / "north.toml"), lambda _line: None),
+    ):
+        pass

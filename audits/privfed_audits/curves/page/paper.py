@@ -11,7 +11,6 @@ from privfed.types import VIEWS
 from privfed_audits.curves.measures import Setting
 from privfed_audits.curves.page.style import VIEW_DASH, VIEW_NAMES, Style, families
 from privfed_audits.curves.results import Results
-from privfed_audits.curves.work import allowed_tpr, thinned
 from privfed_audits.statistics import Estimate
 
 GREY = "#7d8a99"
@@ -84,8 +83,9 @@ def _leakage(axes: Any, found: Results, style: Style) -> bool:
         if leak.ceiling is not None and leak.accounted is not None:
             axes.plot([leak.accounted / 1.12, leak.accounted * 1.12], [leak.ceiling] * 2, color=GREY, linewidth=2)
     if style.epsilons:
-        ends = [min(style.epsilons) * 0.7, max(style.epsilons) * 1.2]
-        axes.plot(ends, ends, color=GREY, linestyle="--", linewidth=1)
+        ends = (min(style.epsilons) * 0.7, max(style.epsilons) * 1.2)
+        places = [ends[0] * (ends[1] / ends[0]) ** (i / 40) for i in range(41)]
+        axes.plot(places, places, color=GREY, linestyle="--", linewidth=1)
     _epsilon_axis(axes, style)
     axes.set_ylabel("epsilon found by attack")
     axes.set_ylim(bottom=0)
@@ -117,14 +117,12 @@ def _roc(axes: Any, found: Results, style: Style) -> bool:
     private = [point for point in audited if point.epsilon is not None] or audited
     worst = max(private, key=lambda point: max(leak.empirical for leak in point.leaks.values()))
     for view in worst.leaks:
-        roc = thinned(worst.record["audit"]["views"][view]["roc"])
+        roc = worst.record["audit"]["views"][view]["roc"]
         colour = style.colours[worst.cell.tuning]
         axes.plot(roc["fpr"], roc["tpr"], color=colour, linestyle=LINES[VIEW_DASH[view]], label=VIEW_NAMES[view])
         axes.fill_between(roc["fpr"], roc["low"], roc["high"], color=colour, alpha=0.12, linewidth=0)
-        curve = worst.record["promises"][view]["curve"]
-        if curve:
-            grid = [10 ** (-4 + 4 * i / 80) for i in range(81)]
-            axes.plot(grid, allowed_tpr(curve, grid), color="#7a3ea1", linewidth=2.2)
+        if roc["allowed"] is not None:
+            axes.plot(roc["fpr"], roc["allowed"], color="#7a3ea1", linewidth=2.2)
     axes.plot([1e-4, 1], [1e-4, 1], color=GREY, linestyle=":", linewidth=1)
     low = max(1e-4, min(float(x) for x in roc["fpr"] if x > 0))
     axes.set(xscale="log", yscale="log", xlim=(low, 1), ylim=(low, 1.1))

@@ -16,7 +16,6 @@ from privfed_audits.curves.grid import AXES
 from privfed_audits.curves.measures import Leak, Point, Setting
 from privfed_audits.curves.page.style import VIEW_DASH, VIEW_NAMES, Style, families
 from privfed_audits.curves.results import Results
-from privfed_audits.curves.work import allowed_tpr, thinned
 from privfed_audits.statistics import Estimate
 
 GREY = "#7d8a99"
@@ -102,7 +101,7 @@ def leakage_plot(found: Results, style: Style) -> Plot | None:
     _add_ceilings(figure, found)
     _epsilon_axis(figure, style)
     figure.update_yaxes(title="found by attack (lower bound)", range=[-0.3, _ceiling_of(found, style)])
-    top = max(leak for point in found.points if (leak := _most(point)) is not None)
+    top = max(most for point in found.points if (most := _most(point)) is not None)
     return Plot(
         name="leakage",
         title="What attacks prove, against what is promised",
@@ -158,10 +157,10 @@ def _leak_trace(each: Setting, view: str, leaks: list[Leak], value: Estimate, st
 def _add_diagonal(figure: go.Figure, style: Style) -> None:
     if not style.epsilons:
         return
-    ends = [min(style.epsilons) * 0.7, max(style.epsilons) * 1.2]
-    figure.add_trace(
-        go.Scatter(x=ends, y=ends, mode="lines", line={"color": GREY, "width": 1.5, "dash": "dash"}, hoverinfo="skip")
-    )
+    ends = (min(style.epsilons) * 0.7, max(style.epsilons) * 1.2)
+    places = [ends[0] * (ends[1] / ends[0]) ** (i / 40) for i in range(41)]  # a curve where one axis is logarithmic
+    line = {"color": GREY, "width": 1.5, "dash": "dash"}
+    figure.add_trace(go.Scatter(x=places, y=places, mode="lines", line=line, hoverinfo="skip"))
     figure.add_annotation(
         x=math.log10(ends[1]), y=ends[1], text="equal", showarrow=False, yshift=10, font={"color": GREY, "size": 11}
     )
@@ -206,7 +205,10 @@ def roc_plot(found: Results, style: Style) -> Plot | None:
     figure.update_yaxes(type="log", range=limits, title="rightly recognised", **_tens(low))
     worst = max(found.points, key=lambda point: _most(point) or 0.0)
     leak = worst.leak()
-    said = f"{100 * leak.tpr:.0f} % recognised at {100 * leak.fpr:g} % wrongly accused" if leak else "nothing"
+    at = leak.tpr if leak else None
+    said = (
+        f"{100 * at[1]:.0f} % recognised at {100 * at[0]:g} % wrongly accused" if at else "too few canaries for a rate"
+    )
     return Plot(
         name="roc",
         title="How well members can be told",
@@ -220,7 +222,7 @@ def roc_plot(found: Results, style: Style) -> Plot | None:
 
 def _add_roc(figure: go.Figure, point: Point, view: str, style: Style) -> float:
     """Add the curve of one cell and view, its band and its limit; return its smallest false positive rate."""
-    roc = thinned(point.record["audit"]["views"][view]["roc"])
+    roc = point.record["audit"]["views"][view]["roc"]
     keep = [i for i, (x, y) in enumerate(zip(roc["fpr"], roc["tpr"], strict=True)) if x > 0 and y > 0]
     if not keep:
         return 1.0
@@ -251,13 +253,11 @@ def _add_roc(figure: go.Figure, point: Point, view: str, style: Style) -> float:
             meta=meta,
         )
     )
-    curve = point.record["promises"][view]["curve"]
-    if curve:
-        grid = [10 ** (-4 + 4 * i / 80) for i in range(81)]
+    if roc["allowed"] is not None:
         figure.add_trace(
             go.Scatter(
-                x=grid,
-                y=allowed_tpr(curve, grid),
+                x=fpr,
+                y=[roc["allowed"][i] for i in keep],
                 mode="lines",
                 line={"color": "#7a3ea1", "width": 3.5},
                 name="the most that the guarantee allows",
@@ -265,7 +265,7 @@ def _add_roc(figure: go.Figure, point: Point, view: str, style: Style) -> float:
                 meta=meta,
             )
         )
-    return min(fpr)
+    return float(min(fpr))
 
 
 def front_plot(found: Results, style: Style, against: str) -> Plot | None:

@@ -137,7 +137,7 @@ def _filters(found: Results, style: Style) -> list[Filter]:
 
 
 def _roc_settings(found: Results) -> list[tuple[str, str, dict[str, str]]]:
-    """Return (value, name, place) of each configuration that has a ROC, the one with a guarantee that leaks most first."""
+    """Return (value, name, place) of each configuration that has a ROC; first, with a guarantee, what leaks most."""
     audited = [each for each in found.settings if each.leakage is not None]
     audited.sort(key=lambda each: (each.private, each.leakage.mean if each.leakage else 0.0), reverse=True)
     return [(" / ".join(each.labels), each.name, dict(zip(AXES, each.labels, strict=True))) for each in audited]

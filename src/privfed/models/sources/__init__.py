@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from privfed import objects
 from privfed.errors import ModelError
 from privfed.models.config import ModelConfig
 from privfed.registry import Registry
@@ -38,8 +39,11 @@ def resolve(config: ModelConfig) -> ModelSource:
     A built-in name wins over a folder of the same name; write ``./name`` for the folder.
 
     Raises:
-        ModelError: If a named folder does not hold a model that can be loaded without pickles.
+        ModelError: If a named folder does not hold a model that can be loaded without pickles, or an object that was
+            handed over is not here.
     """
+    if objects.is_object(config.name):
+        return _handed(config.name)
     if config.name in MODELS.names():
         return MODELS.get(config.name)()
     folder = Path(config.name)
@@ -53,6 +57,17 @@ def resolve(config: ModelConfig) -> ModelSource:
     return ModelSource(
         location=config.name, local=False, origin=f"{config.name} on the Hugging Face hub", public_name=config.name
     )
+
+
+def _handed(name: str) -> ModelSource:
+    source: ModelSource | None = objects.find(name)
+    if source is None:
+        raise ModelError(
+            f"model.name = {objects.short(name)!r}... stands for a model that Python code handed over, and it is not "
+            "here: pass the same model= and tokenizer= (or processor=) to privfed.train or privfed.load_run, or set "
+            "model.name to a folder."
+        )
+    return source
 
 
 def check_sha256(path: Path, expected: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from privfed.config import RunConfig
+from privfed.data.config import DataConfig
 from privfed.federation.engines.flower.enrol import SiteKeys, make_card
 from privfed.federation.engines.flower.envelope import Ask
 from privfed.federation.engines.flower.memory import SiteMemory
@@ -30,6 +32,7 @@ class Lab:
         folder: One folder a site below it.
         accept: The sites' conditions, on top of the model and reproducible noise.
         caps: Their caps.
+        own: Each site's own data; parts of the run's by default.
     """
 
     def __init__(
@@ -39,15 +42,17 @@ class Lab:
         folder: Path,
         accept: Mapping[str, Any] | None = None,
         caps: Caps | None = None,
+        own: Mapping[str, DataConfig] | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder, self.own = folder, dict(own or {})
         given = {"models": [config.model.name], "reproducible_noise": True, **(accept or {})}
         self.policy = Policy(accept=Accept(**given), caps=caps)
         self.names = [f"site-{number}" for number in range(count)]
         cards: list[Card] = []
         for number, name in enumerate(self.names):
             keys = SiteKeys.load(folder / name)
-            cards.append(make_card(config, name, keys, part=(number, count)))
+            part = None if self.own else (number, count)
+            cards.append(make_card(config, name, keys, own=self.own.get(name), part=part))
         self.sites = Sites(cards=tuple(cards))
         self.running: dict[str, tuple[Site, Ledger, SiteMemory]] = {}
         self.asks: list[tuple[str, Ask]] = []
@@ -69,7 +74,7 @@ class Lab:
             clients=clients,
             sites=self.sites,
             policy=self.policy,
-            own=None,
+            own=self.own.get(name),
             models={},
             folder=folder,
         )
@@ -116,7 +121,8 @@ class Lab:
         return [(ticket, self._replies.pop(ticket)) for ticket in list(tickets) if ticket in self._replies]
 
     def pause(self) -> None:
-        """Lose no time: what has not come by now will not come."""
+        """Wait a moment."""
+        time.sleep(0.01)
 
 
 class LabChannel:

@@ -26,6 +26,12 @@ from privfed.files import write_atomic
 LOOK_SECONDS = 5.0
 
 
+def seconds_in(body: Mapping[str, Any], name: str) -> float:
+    """Return a number of seconds that a site states; 0 where it states none that can be."""
+    found = body.get(name)
+    return found if isinstance(found, float) and 0 <= found < 1e9 else 0.0
+
+
 class Channel(Protocol):
     """How messages reach sites; what lies between asking and answering is its own affair."""
 
@@ -228,22 +234,25 @@ class Fleet:
         seconds = self.deadlines.stage + extra
         waiting = self._channel.post(asks, seconds) if asks else {}
         found: dict[str, Mapping[str, Any]] = {}
-        up = busy = 0.0
+        up, busy = 0, 0.0
         silent = dict(waiting)
-        while silent and time.monotonic() - started < seconds:
+        while silent:
+            late = time.monotonic() - started >= seconds  # looked at before the last poll, not after it
             for ticket, raw in self._channel.poll(list(silent)):
                 site = silent.pop(ticket)
                 up += len(raw)
                 reply = self._read(site, asks[site], raw)
                 if reply is not None and self._sound(reply, kind):
                     found[site] = reply.body
-                    busy = max(busy, float(reply.body.get("busy", 0.0)))
+                    busy = max(busy, seconds_in(reply.body, "busy"))
+            if late:
+                break
             if silent:
                 self._channel.pause()
             silent = self._without_those_gone(silent, kind)
         for site in silent.values():
             self._lose(site, f"no answer to {kind!r} within {seconds:g} s")
-        self._note(kind, asks, found, time.monotonic() - started, busy, int(up))
+        self._note(kind, asks, found, time.monotonic() - started, busy, up)
         return found
 
     def _without_those_gone(self, silent: dict[str, str], kind: str) -> dict[str, str]:

@@ -18,6 +18,8 @@ CREATE TABLE IF NOT EXISTS runs (run_id TEXT PRIMARY KEY, binding TEXT NOT NULL,
                                  closed INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE TABLE IF NOT EXISTS rounds (run_id TEXT, client TEXT, phase INTEGER, round INTEGER, digest TEXT NOT NULL,
                                    PRIMARY KEY (run_id, client, phase, round)) STRICT;
+CREATE TABLE IF NOT EXISTS sums (run_id TEXT, phase INTEGER, round INTEGER, survivors TEXT NOT NULL,
+                                 PRIMARY KEY (run_id, phase, round)) STRICT;
 """
 
 
@@ -109,6 +111,27 @@ class SiteMemory:
             if sum(1 for phase, _ in known if phase == place[0]) >= most:
                 raise StageError(f"{client} has taken part in {most} rounds, which is all that was approved.")
             self._database.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?)", (run_id, client, *place, digest))
+
+    def sign(self, run_id: str, place: tuple[int, int], survivors: str) -> None:
+        """Note the survivors of a round under whom the site's clients sign.
+
+        Args:
+            run_id: The run.
+            place: (number of the phase, round).
+            survivors: Digest of their names.
+
+        Raises:
+            StageError: If the site has signed others for this round before.
+        """
+        with self._transaction():
+            query = "SELECT survivors FROM sums WHERE run_id = ? AND phase = ? AND round = ?"
+            row = self._database.execute(query, (run_id, *place)).fetchone()
+            if row is None:
+                self._database.execute("INSERT INTO sums VALUES (?, ?, ?, ?)", (run_id, *place, survivors))
+            elif row[0] != survivors:
+                raise StageError(
+                    f"This site signed another set of survivors of round {place[1]} before: a round has one sum."
+                )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

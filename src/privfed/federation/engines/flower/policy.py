@@ -44,7 +44,7 @@ class Accept(Table):
         models: Names of models (``model.name``); empty for none.
         bundles: SHA-256 of the app bundles that the server's Flower run may carry, as hex; empty for any. The site runs
             its own installed code in any case and never the bundle's.
-        min_cohort: Fewest clients in a round.
+        min_cohort: Fewest clients in a round, and with secure aggregation in a sum.
         secagg: Only runs with secure aggregation.
         unprotected: Also runs with ``privacy.unit = "none"``.
         trusted_server: Also runs whose noise the server adds (``placement = "central"``). The site cannot check it, so
@@ -83,8 +83,10 @@ def refusal(policy: Policy, config: RunConfig, clients: int) -> str | None:
         return f"model.name = {model!r} is not on this site's list (accept.models = {accept.models})"
     if accept.secagg and config.secagg.name != "masked":
         return f'secagg.name = "{config.secagg.name}", and this site takes part under secure aggregation only'
-    if cohort < accept.min_cohort:
-        return f"a cohort of {cohort} is below this site's minimum (accept.min_cohort = {accept.min_cohort})"
+    requirements = config.secagg.requirements()
+    least = requirements.least_survivors(cohort) if config.secagg.name == "masked" else cohort
+    if least < accept.min_cohort:
+        return f"a sum of {least} clients is below this site's minimum (accept.min_cohort = {accept.min_cohort})"
     if not privacy.on and not accept.unprotected:
         return 'privacy.unit = "none", and this site takes part in protected runs only (accept.unprotected)'
     if privacy.on and privacy.placed == "central" and not accept.trusted_server:

@@ -21,6 +21,7 @@ from privfed.federation.codecs import Place, codec_at
 from privfed.federation.cohort import cohort_of, with_cohort
 from privfed.federation.collect import Collected, Link, PlainLink
 from privfed.federation.engines.flower.envelope import bytes_by_client
+from privfed.federation.engines.flower.fleet import seconds_in
 from privfed.federation.engines.flower.site_session import Spec, session_params
 from privfed.federation.exchange import Exchange, laid_bare, values_of
 from privfed.federation.messages import Broadcast
@@ -44,7 +45,8 @@ class RemoteExchange(Exchange):
     def _link(self, cohort: Sequence[str], codec: Codec, requirements: Requirements) -> Link:
         self.fleet.stages.clear()
         if not self.phase.masked:
-            self.fleet.wait_for(cohort, 1)
+            needed = self.phase.requirements
+            self.fleet.wait_for(cohort, needed.least_survivors(len(cohort)) if needed.met_by(len(cohort)) else 1)
             return self._plain_link(codec)
         found = self.fleet.prepared
         values = values_of(self.phase, codec, self.round)
@@ -104,8 +106,8 @@ class RemoteExchange(Exchange):
         """Add what a site says that training and masking took."""
         seconds = body.get("seconds")
         if isinstance(seconds, dict):
-            self.train_seconds += float(seconds.get("train", 0.0))
-            self.mask_seconds += float(seconds.get("mask", 0.0))
+            self.train_seconds += seconds_in(seconds, "train")
+            self.mask_seconds += seconds_in(seconds, "mask")
 
     def upcoming(self) -> Spec | None:
         """Return the next round's session as far as it can be known now; None where there is none to prepare."""
@@ -261,7 +263,7 @@ class FleetLink:
             self._exchange.took(body)
             self._take_masked(session, body, site, heard)
             if following is not None:
-                following.advertise(body.get("next") or {}, site)
+                following.advertise(_part(body, "next"), site)
         return heard
 
     def close(self) -> Collected:
@@ -303,7 +305,7 @@ class FleetLink:
             heard = session.take(body, session.hosted(site, self._sent), session.server.receive_agree)
             signed += [client for client, reason in heard.items() if not reason]
             if following is not None:
-                following.share(body.get("next") or {}, site)
+                following.share(_part(body, "next"), site)
         return signed
 
     def _take_masked(self, session: Session, body: Mapping[str, Any], site: str, heard: dict[str, str]) -> None:
@@ -333,6 +335,11 @@ class FleetLink:
         if self._session is None:
             raise ConfigError("The session is not open yet.")
         return self._session
+
+
+def _part(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = body.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def messages_of(body: Mapping[str, Any], clients: Sequence[str], heard: dict[str, str]) -> dict[str, bytes]:

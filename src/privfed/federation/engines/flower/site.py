@@ -150,8 +150,6 @@ class Site:
         clients = _names(body.get("clients", list(shares)))
         if clients:
             session = self._session(body.get("session")) if shares else None
-            if run.masked and session is None:
-                raise ProtocolError("The server asks for an update without a mask: nothing was computed.")
             training = Training(run, _bytes(body, "broadcast"), _place(body), session, self._memory)
             found = _each(
                 clients,
@@ -169,7 +167,7 @@ class Site:
         found: dict[str, Any] = {}
         if survivors:
             session = self._session(body.get("session"))
-            found = _each(survivors, lambda client: session.agree(run, client, survivors[client]))
+            found = _each(survivors, lambda client: session.agree(run, client, survivors[client], self._memory))
         if body.get("next") is not None:
             found["next"] = self._guarded(lambda: self._shares(run, body["next"]))
         return found

@@ -20,6 +20,7 @@ from privfed.federation.sites import Sites
 from privfed.secagg import ClientSession, Identity, SessionParams
 
 if TYPE_CHECKING:
+    from privfed.federation.engines.flower.memory import SiteMemory
     from privfed.federation.engines.flower.run_at_site import SiteRun
     from privfed.federation.round import Phase
 
@@ -147,11 +148,15 @@ class SiteSession:
             raise StageError(f"Client {client_id!r} is in no session of attempt {self.spec.attempt} at this site.")
         return self.clients[client_id]
 
-    def agree(self, run: SiteRun, client: str, survivors: bytes) -> bytes:
-        """Return a client's signature under the survivors, once they hide it and, with shared noise, are recorded.
+    def agree(self, run: SiteRun, client: str, survivors: bytes, memory: SiteMemory) -> bytes:
+        """Return a client's signature under the survivors, once they hide it and are on record.
+
+        A round that is repeated after a crash has the same updates in it; so it is unmasked for the same survivors or
+        not at all, or the difference of two sums would be the updates of a few.
 
         Raises:
             ProtocolError: If the sum over them must not be had, or the message is not for this client.
+            StageError: If the site has signed another set of survivors of this round.
         """
         session = self.client(client)
         names = session.survivors_in(survivors)
@@ -160,4 +165,6 @@ class SiteSession:
             bare = self.phase.shares.refusal(names, self.broadcast, self.spec.round, run.holder)
         if bare is not None:
             raise ProtocolError(f"{bare}; nothing was signed.")
+        digest = hashlib.sha256("\x1f".join(sorted(names)).encode()).hexdigest()
+        memory.sign(run.run_id, (run.stage(self.spec.phase)[0], self.spec.round), digest)
         return session.agree(survivors)

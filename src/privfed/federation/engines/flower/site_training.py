@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from privfed.errors import ProtocolError
+from privfed.federation.collect import plain_message
 from privfed.federation.exchange import trained_by, values_of
 from privfed.federation.messages import Broadcast
 
@@ -63,14 +64,14 @@ class Training:
             BudgetExceededError: If the charge passes a cap.
             SecAggError: If the message cannot be masked.
         """
+        if self._run.masked and (self._session is None or shares is None):
+            raise ProtocolError("The server asks for an update without a mask: nothing was computed.")
         started = time.perf_counter()
         client, answer = self._answer(client_id)
         trained_T = trained_by(self._phase, client_id, self._round)
         between = time.perf_counter()
         self.seconds["train"] += between - started
-        if self._session is None or shares is None:
-            from privfed.federation.collect import plain_message
-
+        if self._session is None:
             sent = plain_message(client_id, answer.encoded, client.weight, trained_T)
         else:
             sent = self._masked(self._session, client_id, answer, client.weight, shares)
@@ -87,7 +88,11 @@ class Training:
         client = self._phase.clients[client_id]
         return client, client.respond(self._broadcast, lambda _step, _steps: None)
 
-    def _masked(self, session: SiteSession, client_id: str, answer: Answer, weight: float, shares: bytes) -> bytes:
+    def _masked(
+        self, session: SiteSession, client_id: str, answer: Answer, weight: float, shares: bytes | None
+    ) -> bytes:
+        if shares is None:
+            raise ProtocolError("There are no shares to mask with: nothing was sent.")
         if values_of(self._phase, answer.codec, self._round) != session.masking.values:
             raise ProtocolError("The session was made for another number of values than the codec of the round makes.")
         values_M = session.masking.vector(answer.encoded, weight, trained_by(self._phase, client_id, self._round))
