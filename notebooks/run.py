@@ -21,6 +21,8 @@ def main() -> None:
             ).execute()
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # when it ran
+            if cell.cell_type == "code":  # progress bars say nothing afterwards
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         notebook.metadata.pop("language_info", None)
         nbformat.write(notebook, path)
         print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")

@@ -34,7 +34,7 @@ class Run:
     """
 
     path: Path
-    config: RunConfig
+    config: RunConfig = field(repr=False)
     receipt: Mapping[str, Any] | None = field(repr=False)
     metrics: tuple[Mapping[str, Any], ...] = field(repr=False)
     _held: tuple[objects.Handed, ...] = field(default=(), repr=False)

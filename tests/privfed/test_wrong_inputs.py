@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -163,6 +166,13 @@ def completed(*words: str) -> set[str]:
 
     offered = ShellComplete(main, {}, "privfed", "_PRIVFED_COMPLETE").get_completions(list(words[:-1]), words[-1])
     return {item.value for item in offered}
+
+
+def test_a_shell_gets_its_answer_from_the_program() -> None:
+    code = "import sys; sys.argv = ['privfed']; from privfed.cli import main; main()"
+    env = {**os.environ, "_PRIVFED_COMPLETE": "bash_complete", "COMP_WORDS": "privfed tr", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "plain,train\n", "")
 
 
 def test_commands_options_presets_and_files_are_completed() -> None:

@@ -50,8 +50,8 @@ class Choice:
 def choose(found: Sequence[Setting], utility: str) -> Choice | None:
     """Return the point of the front to take.
 
-    Among those with a guarantee, where there are any: of all that are not clearly less useful than the best, the one
-    with the smallest epsilon, of these the one that leaks least, then the one that sends least.
+    Among those with a guarantee, where there are any: of all that are not clearly less useful than the best, those with
+    the smallest epsilon, of these all that do not clearly leak more than the least, of them the one that sends least.
     """
     private = [each for each in front(found) if each.private]
     pool = private or list(front(found))
@@ -59,18 +59,32 @@ def choose(found: Sequence[Setting], utility: str) -> Choice | None:
         return None
     best = max(pool, key=lambda each: each.utility.mean)
     level = [each for each in pool if each.utility.high >= best.utility.low]
-    taken = min(level, key=lambda each: (promised(each), _leakage(each), each.bytes_run))
+    taken = _cheapest(level)
     kind = "with a guarantee " if private else ""
     if len(level) == 1:
         reason = f"Of the {len(pool)} configurations {kind}on the front, {taken.name} is clearly the most useful"
     else:
-        order = "the smallest epsilon, then least leakage and bytes" if private else "the least leakage and bytes"
+        order = "the smallest epsilon, " if private else ""
         reason = (
             f"Of the {len(pool)} configurations {kind}on the front, {len(level)} are not clearly less useful than the "
             f"best ({best.name}: {shown_utility(utility, best.utility.mean)}); of these, {taken.name} has {order}"
+            "no clearly larger leakage, and the fewest bytes"
         )
     reason += f": {describe(taken, utility)}."
     return Choice(setting=taken, sentence=f"{reason} {_given_up(taken, found, utility)}".strip())
+
+
+def _cheapest(level: Sequence[Setting]) -> Setting:
+    """Return, of equally useful configurations, the one to take."""
+    smallest = min(promised(each) for each in level)
+    strongest = [each for each in level if promised(each) == smallest]
+    least = min(strongest, key=_leakage)
+    tight = [
+        each
+        for each in strongest
+        if each.leakage is None or least.leakage is None or each.leakage.low <= least.leakage.high
+    ]
+    return min(tight, key=lambda each: (each.bytes_run, _leakage(each), -each.utility.mean))
 
 
 def describe(each: Setting, utility: str) -> str:

@@ -95,9 +95,9 @@ class LanguageExamples(ModelExamples):
         most = max(1, *(sum(int(chosen[n].learned.sum()) for n in pack) for pack in packs))
         ids, places = (np.zeros((len(packs), width), dtype=np.int64) for _ in range(2))
         positions, targets, owners = (np.full((len(packs), most), fill, dtype=np.int64) for fill in (0, IGNORED, -1))
-        ids[:] = int(self.tokenizer.pad_token_id)
         for row, pack in enumerate(packs):
             start = done = 0
+            ids[row] = chosen[pack[0]].ids[0]  # what fills up is never read, and a padding token would be warned of
             for number in pack:
                 sequence, learned = chosen[number], np.flatnonzero(chosen[number].learned)
                 ids[row, start : start + len(sequence.ids)] = sequence.ids

@@ -106,7 +106,8 @@ def leakage_plot(found: Results, style: Style) -> Plot | None:
         name="leakage",
         title="What attacks prove, against what is promised",
         lead="On or above the line, an attack would contradict the promise. The short bars are the most that the same "
-        "bound could have shown against an ideal mechanism of that epsilon: what is above them is the bound's own gap.",
+        "bound could have shown against an ideal mechanism of that epsilon: what is above them is the bound's own gap. "
+        "Filled: the trained model; open: the sum of a round; open with a dot: one client's messages.",
         figure=figure,
         alt=f"Empirical against accounted epsilon, with the line where they are equal. The largest found is {top:.2f}.",
         table="leakage",
