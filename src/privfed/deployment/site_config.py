@@ -76,7 +76,9 @@ def read_site(path: Path) -> SiteConfig:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}.") from error
     except ValidationError as error:
-        problem = error.errors()[0]
+        found = error.errors()
+        # a key that is misspelt is missing as well: its name says more
+        problem = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
         key = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
             hint = nearest(key.rpartition(".")[2], [*SiteConfig.model_fields, *Caps.model_fields, *Accept.model_fields])

@@ -121,7 +121,7 @@ def test_a_site_answers_at_a_socket_and_stops_cleanly(tmp_path: Path, tiny_confi
     command = [sys.executable, "-m", "privfed.cli", "join", "north.toml", "--socket", str(path)]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 400
             while not path.exists() and time.monotonic() < deadline:
                 time.sleep(0.1)
             ask = Ask(kind="hello", run_id="", body={"nonce": b"1"}).to_bytes()
