@@ -39,7 +39,10 @@ Bits = NDArray[np.bool_]
 Bound = Literal["gdp", "noise_scale"]
 
 SCALED = "The mechanism is the accounted one up to the size of its noise."
-COINS = "Each canary was in or out by a fair coin of its own, tossed by the operating system."
+COINS = (
+    "Each canary was in or out by a fair coin of its own, tossed by the operating system (of an experiment with "
+    "reproducible noise: drawn from its seed, which no attack reads)."
+)
 ADDED = (
     "epsilon is for adding or removing one unit; under replace_one the claim is the weaker one, and is held to that."
 )
