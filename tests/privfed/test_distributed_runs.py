@@ -207,4 +207,4 @@ def test_what_is_not_proved_is_refused_in_a_sentence(
     said = str(caught.value)
     assert named in said
     assert said.endswith(".") and "\n" not in said
-    assert any(word in said for word in ("use ", "set ", "should be", "remove"))
+    assert any(word in said for word in ("use ", "set ", "expected ", "remove"))

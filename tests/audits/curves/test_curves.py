@@ -38,6 +38,9 @@ def wait_for(condition: Callable[[], bool], running: subprocess.Popen[str]) -> N
         time.sleep(0.05)
 
 
+ADAM = ["privacy.unit=none", "privacy.target_epsilon=unset", "client.optimizer=adamw", "client.learning_rate=0.01"]
+
+
 def children(pid: int) -> list[int]:
     """Return the worker processes of a grid."""
     listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
@@ -100,9 +103,10 @@ def wait_for_the_end(workers: list[int]) -> None:
 def test_a_worker_that_is_killed_fails_its_cell_alone_and_a_resume_runs_it(
     small_grid: Callable[..., Path], tmp_path: Path
 ) -> None:
-    grid, out = small_grid(privacy={"none": ["privacy.unit=none", "privacy.target_epsilon=unset"]}), tmp_path / "grid"
+    grid, out = small_grid(privacy={"none": ADAM}), tmp_path / "grid"
     running = start(grid, out)
     wait_for(lambda: (out / "work").exists() and any((out / "work").iterdir()), running)
+    wait_for(lambda: bool(children(running.pid)), running)
     victim = children(running.pid)[0]
     os.kill(victim, signal.SIGKILL)
     output, errors = running.communicate(timeout=PATIENCE)

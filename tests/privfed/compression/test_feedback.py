@@ -38,6 +38,7 @@ def test_the_residual_and_what_was_sent_add_up(case, ring, vector_D):
         return
     made = at(case, ring)
     if made.properties.second_pass:
+        vector_D = vector_D / 8  # so that no projection of it leaves the ring
         encoded = made.encode(vector_D, stream())
         first_M = made.linear_sum(sum_of_one(encoded, made))
         made = made.second(made.between(first_M, LENGTH), LENGTH, first_M)
@@ -46,7 +47,7 @@ def test_the_residual_and_what_was_sent_add_up(case, ring, vector_D):
     left_D = residual(made, vector_D, encoded)
     assert left_D.dtype == np.float32
     np.testing.assert_allclose(left_D + sent_D, vector_D, rtol=0, atol=1e-6)
-    if made.name in ("top_k", "random_k") and "inner" not in CASES[case]:  # values are sent bit for bit
+    if made.name in ("top_k", "random_k") and "inner" not in CASES[case] and ring is None:  # sent bit for bit
         assert np.array_equal((left_D + sent_D).astype(np.float32), vector_D)
         assert not (left_D * sent_D).any()
 

@@ -216,7 +216,7 @@ def test_one_example_moves_a_private_step_by_at_most_the_clip() -> None:
 @pytest.mark.parametrize("dp", [None, ExampleDp(l2_clip_norm=0.5, noise_multiplier=1.0)])
 def test_not_a_number_is_the_clients_failure(dp: ExampleDp | None) -> None:
     trainer = _trainer(dp)
-    trainer.examples._features[SHARD.indices] = float("nan")
+    trainer.examples.features_NF[SHARD.indices] = float("nan")
     with pytest.raises(ClientError, match="finite"):
         _run(trainer, SHARD)
 
