@@ -82,7 +82,7 @@ def test_rare_token_records_are_new_texts_of_the_rarest_words(config):
 
 
 def test_the_coins_are_fair_secret_and_the_same_after_a_resume(config, tmp_path):
-    own = config(count=400, privacy={"reproducible_noise": False})
+    own = config(count=400, reproducible_noise=False)
     bits = canaries.toss(tmp_path, own, started=False)
     assert 140 < bits.sum() < 260  # a fair coin is there with probability 1 - 1e-9
     assert stat.S_IMODE((tmp_path / canaries.COINS).stat().st_mode) == 0o600
