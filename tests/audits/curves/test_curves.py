@@ -43,7 +43,7 @@ ADAM = ["privacy.unit=none", "privacy.target_epsilon=unset", "client.optimizer=a
 
 def children(pid: int) -> list[int]:
     """Return the worker processes of a grid."""
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    listed = subprocess.run(["ps", "-wwo", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
 
 
@@ -103,12 +103,13 @@ def wait_for_the_end(workers: list[int]) -> None:
 def test_a_worker_that_is_killed_fails_its_cell_alone_and_a_resume_runs_it(
     small_grid: Callable[..., Path], tmp_path: Path
 ) -> None:
-    grid, out = small_grid(privacy={"none": ADAM}), tmp_path / "grid"
+    # long enough that no worker is done before it is killed
+    grid, out = small_grid(privacy={"none": [*ADAM, "server.rounds=60"]}), tmp_path / "grid"
     running = start(grid, out)
     wait_for(lambda: (out / "work").exists() and any((out / "work").iterdir()), running)
-    wait_for(lambda: bool(children(running.pid)), running)
-    victim = children(running.pid)[0]
-    os.kill(victim, signal.SIGKILL)
+    workers: list[int] = []
+    wait_for(lambda: bool(workers.extend(children(running.pid)) or workers), running)
+    os.kill(workers[0], signal.SIGKILL)
     output, errors = running.communicate(timeout=PATIENCE)
     assert running.returncode == 0, errors
     assert "Cells:      1 of 4 done, 2 refused, 1 failed." in output
