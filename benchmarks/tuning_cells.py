@@ -223,7 +223,9 @@ def settings_of(label: str, data_name: str, epsilon: float | None, rate: float |
     """Return all overrides of a cell but its files and seed."""
     way, data = WAYS[label], DATA[data_name]
     private = epsilon is not None
-    rate = rate or (HEAD_RATES[private].get(data_name) if way.family == "head" else RATES[data_name][private].get(way.family))
+    rate = rate or (
+        HEAD_RATES[private].get(data_name) if way.family == "head" else RATES[data_name][private].get(way.family)
+    )
     rate = rate or PROMPT_RATE  # and of a head where the task has none, which is refused
     if epsilon is None:
         privacy = [*PLAIN, *warm_rate(way, data_name)]

@@ -43,7 +43,9 @@ ADAM = ["privacy.unit=none", "privacy.target_epsilon=unset", "client.optimizer=a
 
 def children(pid: int) -> list[int]:
     """Return the worker processes of a grid."""
-    listed = subprocess.run(["ps", "-wwo", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["ps", "-wwo", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    )
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
 
 
