@@ -2,7 +2,7 @@
 
 A fifth of the canaries choose the attack and its threshold, the others give the bound, so that neither choice uses up
 confidence. (For a Gaussian the bound hardly depends on the threshold, so a fifth chooses as well as a half, and the
-others count for more: at 5000 canaries and epsilon 8 an ideal mechanism gives 7.2 instead of 6.9.) What the bound then
+others count for more: at 5000 canaries and epsilon 8 an ideal mechanism gives 7.2 rather than 6.9.) What the bound then
 assumes goes beside it.
 
 Shape suffixes: M canaries, P of them in, N out.
