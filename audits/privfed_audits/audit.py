@@ -22,7 +22,7 @@ from privfed.config import parse_config
 from privfed.errors import ConfigError, PrivfedError, unknown_name
 from privfed.federation.canaries import read_coins
 from privfed.federation.folder import reopen
-from privfed.federation.shared import NOTHING, SharedWork
+from privfed.federation.shared import SharedWork
 from privfed.federation.transcript import Transcript, TranscriptError
 from privfed.files import write_atomic
 from privfed.report.html import write_report
@@ -52,7 +52,7 @@ def audit(
     view: View | None = None,
     clients: int = 1,
     say: Say = lambda _line: None,
-    shared: SharedWork = NOTHING,
+    shared: SharedWork | None = None,
     as_if_secret: bool = False,
 ) -> dict[str, Any]:
     """Attack a finished run; write ``audit/audit.json`` into its folder and what was proved into its receipt.
@@ -65,7 +65,7 @@ def audit(
         view: The view to keep to; None for all that the run allows.
         clients: Of how many clients single updates are inverted.
         say: Told what takes long.
-        shared: What other runs of a grid, or this one's training, have computed already.
+        shared: What other runs of a grid, or this one's training, have computed already; None for nothing yet.
         as_if_secret: Hold an experiment whose noise is reproducible to what it would guarantee were the noise secret.
 
     Raises:
@@ -76,13 +76,14 @@ def audit(
     config = parse_config(raw, where=str(folder / "config.toml"))
     receipt = read_receipt(folder / "receipt.json")
     _check_names(attacks)
+    shared = SharedWork() if shared is None else shared  # membership and inversion read the same data
     transcript = _transcript(folder)
     found = {
         "schema": SCHEMA,
         "run_id": receipt["run_id"],
         "adapter_sha256": receipt["adapter_sha256"],
         "views": _views(folder, config, receipt, transcript, view, attacks, say, shared, as_if_secret=as_if_secret),
-        "reconstruction": _reconstruction(folder, config, transcript, view, attacks, clients, say),
+        "reconstruction": _reconstruction(folder, config, transcript, view, attacks, clients, say, shared),
     }
     found["contradicted"] = any(entry.get("contradicted", False) for entry in found["views"].values())
     if not found["views"] and not found["reconstruction"]:
@@ -186,7 +187,7 @@ def _views(
     if attacks is not None and not any(_is_membership(name) for name in attacks):
         return {}
     if not config.audit.canaries:
-        return _untossed(folder, config, receipt, transcript, view, attacks, say)
+        return _untossed(folder, config, receipt, transcript, view, attacks, say, shared)
     sizes = {c["client_id"]: int(c["size"]) for c in json.loads((folder / "partition.json").read_text())["clients"]}
     scene = canary_scene(folder, config, transcript, sizes, shared)
     possible = views_of(scene)
@@ -246,10 +247,11 @@ def _untossed(
     view: View | None,
     attacks: Sequence[str] | None,
     say: Say,
+    shared: SharedWork,
 ) -> dict[str, Any]:
     if config.privacy.unit == "client" or view not in (None, "release"):
         return {}
-    scene = untossed_scene(folder, config, transcript)
+    scene = untossed_scene(folder, config, transcript, shared)
     if scene is None:
         return {}
     say("release: losses of training and test records")
@@ -276,6 +278,7 @@ def _reconstruction(
     attacks: Sequence[str] | None,
     clients: int,
     say: Say,
+    shared: SharedWork,
 ) -> dict[str, Any]:
     """Return what inversion found, by view; nothing where the run is not a recorded text classifier."""
     names = ["span"] if attacks is None else [name for name in attacks if name in ATTACKS.names()]
@@ -298,7 +301,7 @@ def _reconstruction(
     for each in chosen:
         say(f"{each}: inversion by {', '.join(names)}")
         try:
-            found[each] = gallery(folder, names, view=each, clients=clients)
+            found[each] = gallery(folder, names, view=each, clients=clients, shared=shared)
         except PrivfedError as error:
             if asked:
                 raise

@@ -222,7 +222,7 @@ def _known(scene: Scene, view: View, say: Say) -> list[Floats] | None:
     averaged = server.rule == "fedavg" and server.weighting == "uniform" and server.optimizer == "sgd"
     if config.privacy.unit != "example" or not plain or not averaged or server.momentum or scene.transcript is None:
         return None
-    bench = workbench.build(config, replace(scene.material, canaries=None), Silent())
+    bench = workbench.build(config, replace(scene.material, canaries=None), Silent(), scene.shared)
     module, train, _, prefix = workbench.trained_module(config, bench, TRAIN, Silent())
     whole = client.model_copy(update={"sampling_probability": 1.0, "batch_size": None})
     dp = ExampleDp(l2_clip_norm=config.privacy.l2_clip_norm, noise_multiplier=None)

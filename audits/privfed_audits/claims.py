@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -118,8 +118,3 @@ def curve_points(claim: Claim, points: int = 200) -> tuple[NDArray[np.float64], 
     fpr = np.concatenate([[0.0], np.geomspace(1e-6, 1.0, points - 1)])
     found = claim.tradeoff()
     return fpr, np.ones_like(fpr) if found is None else found.tpr(fpr)
-
-
-def steps_of(events: Sequence[PrivacyEvent]) -> int:
-    """Return how many steps the events have together."""
-    return sum(event.steps for event in events)

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from privfed.federation.shared import NOTHING, SharedWork
 from privfed.types import View
 from privfed_audits.reconstruction import PRIOR, reconstruct
 
 EXAMPLES = 12
 
 
-def gallery(folder: Path, attacks: Sequence[str], *, view: View, clients: int) -> dict[str, Any]:
+def gallery(
+    folder: Path, attacks: Sequence[str], *, view: View, clients: int, shared: SharedWork = NOTHING
+) -> dict[str, Any]:
     """Return the best attack of a view with its scores, the baseline's, and examples from best to median.
 
     Args:
@@ -20,8 +23,9 @@ def gallery(folder: Path, attacks: Sequence[str], *, view: View, clients: int) -
         attacks: Inversion attacks.
         view: What the adversary sees.
         clients: Of how many clients single updates are attacked.
+        shared: What else has computed the run's data already.
     """
-    found = reconstruct(folder, attacks, view=view, clients=clients, keep=True)
+    found = reconstruct(folder, attacks, view=view, clients=clients, keep=True, shared=shared)
     rows = [row for row in found["results"] if row["attack"] != PRIOR]
     prior = [row for row in found["results"] if row["attack"] == PRIOR]
     names = sorted({row["attack"] for row in rows})

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from privfed.config import RunConfig
 from privfed.federation.material import gather
+from privfed.federation.shared import NOTHING, SharedWork
 from privfed.federation.transcript import Transcript
 from privfed_attacks.membership import MEMBERSHIP, Evidence
 from privfed_attacks.roc import roc
@@ -28,14 +29,18 @@ _LEAST = 8
 ATTACKS = ("loss", "population")
 
 
-def untossed_scene(folder: Path, config: RunConfig, transcript: Transcript | None) -> Scene | None:
+def untossed_scene(
+    folder: Path, config: RunConfig, transcript: Transcript | None, shared: SharedWork = NOTHING
+) -> Scene | None:
     """Return a scene that asks about training records; None where there are too few records to tell anything."""
-    material = gather(config)
+    material = gather(config, shared)
     rows = np.sort(np.concatenate([shard.indices for shard in material.shards]))
     if min(len(rows), len(material.dataset.test)) < _LEAST:
         return None
     some = rows[np.unique(np.linspace(0, len(rows) - 1, min(MOST, len(rows))).astype(np.int64))]
-    return Scene(folder=folder, config=config, material=material, transcript=transcript, sizes={}, queries=some)
+    return Scene(
+        folder=folder, config=config, material=material, transcript=transcript, sizes={}, queries=some, shared=shared
+    )
 
 
 def untossed(scene: Scene, claim: Claim, attacks: Sequence[str] | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from privfed.errors import ConfigError
 from privfed.federation.material import Material, gather
 from privfed.federation.phases import TRAIN
+from privfed.federation.shared import NOTHING, SharedWork
 from privfed.federation.transcript import Transcript
 from privfed.files import write_atomic
 from privfed.types import View
@@ -33,7 +34,13 @@ _AUXILIARY = 200
 
 
 def reconstruct(
-    folder: Path, attacks: Sequence[str], *, view: View | None = None, clients: int = 1, keep: bool = False
+    folder: Path,
+    attacks: Sequence[str],
+    *,
+    view: View | None = None,
+    clients: int = 1,
+    keep: bool = False,
+    shared: SharedWork = NOTHING,
 ) -> dict[str, Any]:
     """Attack a recorded run and write ``audit/reconstruction.json`` into its folder.
 
@@ -43,6 +50,7 @@ def reconstruct(
         view: What the adversary sees; by default all that the run let a server see.
         clients: Of how many clients single updates are attacked, in an individual view.
         keep: Return the texts too, each with what was found of it (``texts``); they are not written.
+        shared: What else has computed the run's data already.
 
     Raises:
         ConfigError: If an attack is not known or not for texts, or the run is not one of a text classifier.
@@ -60,7 +68,7 @@ def reconstruct(
     seen = [each for each in threat.view(transcript) if each.phase == TRAIN]
     if not seen:
         raise ConfigError("The recorded run has no round that gave this adversary anything to see.")
-    material, model = gather(transcript.config), rebuild(seen[0].side)
+    material, model = gather(transcript.config, shared), rebuild(seen[0].side)
     rows: list[dict[str, Any]] = []
     kept: list[list[dict[str, Any]]] = []
     for source, observations in _targets(seen, clients):
@@ -92,7 +100,8 @@ def paired(guess: Reconstruction, truth: Sealed[Batch], tokenizer: Any) -> list[
     guesses = [[token for token in text if token not in special] for text in guess.sequences]
     if not guesses:
         return [_bag(text, guess.tokens, tokenizer) for text in texts]
-    shared = np.array([[_share(text, each) for each in guesses] for text in texts])
+    said = [Counter(each) for each in guesses]
+    shared = np.array([[_share(bag, each) for each in said] for bag in map(Counter, texts)])
     rows, columns = linear_sum_assignment(-shared)
     match = dict(zip(rows.tolist(), columns.tolist(), strict=True))
     return [
@@ -112,21 +121,9 @@ def _bag(text: list[int], tokens: frozenset[int], tokenizer: Any) -> dict[str, A
     return {"truth": tokenizer.decode(text), "found": " ".join(words), "score": round(score, 4), "ordered": False}
 
 
-def _share(text: list[int], guess: list[int]) -> float:
+def _share(text: Counter[int], guess: Counter[int]) -> float:
     """Return the share of a text's tokens, counted as often as they occur, that a guess has."""
-    common = sum((Counter(text) & Counter(guess)).values())
-    return common / max(1, len(text))
-
-
-def lines(found: dict[str, Any]) -> list[str]:
-    """Return the results as text, the baseline beside each attack."""
-    head = f"view {found['view']}: recall and precision of distinct tokens, ROUGE-L and exact texts"
-    body = [
-        f"{row['client'] or 'the sum':<16} {row['attack']:<10} recall {row['token_recall']:.2f}  precision "
-        f"{row['token_precision']:.2f}  ROUGE-L {row['rougeL']:.2f}  exact {row['exact']:.2f}"
-        for row in found["results"]
-    ]
-    return [head, *body]
+    return (text & guess).total() / max(1, text.total())
 
 
 def _targets(seen: Sequence[Observation], clients: int) -> list[tuple[str | None, list[Observation]]]:

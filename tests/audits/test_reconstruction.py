@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,6 @@ from click.testing import CliRunner
 from privfed.cli import main
 from privfed.errors import ConfigError
 from privfed_audits.reconstruction import reconstruct
-
-_SHARED = Path(__file__).parents[1] / "privfed" / "conftest.py"
-_spec = importlib.util.spec_from_file_location("privfed_fixtures_of_audits", _SHARED)
-assert _spec is not None and _spec.loader is not None
-_shared = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = _shared
-_spec.loader.exec_module(_shared)
-tiny_bert, text_csv = _shared.tiny_bert, _shared.text_csv
 
 
 @pytest.fixture(scope="module")

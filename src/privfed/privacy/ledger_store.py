@@ -122,14 +122,8 @@ class Store:
 
         Without ``write``: see one state of the file throughout, and keep nobody from writing.
         """
-        with _translated(self.path):
-            self._database.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-            try:
-                yield
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+        with _translated(self.path), transaction(self._database, write=write):
+            yield
 
     def append(self, content: Mapping[str, Any]) -> Row:
         """Append a row, within a ``transaction``; columns that ``content`` lacks are empty. Returns the
@@ -305,6 +299,23 @@ def _create_file(path: Path) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     except OSError as error:
         raise LedgerError(f"The ledger {path} cannot be created: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def transaction(database: sqlite3.Connection, *, write: bool = True) -> Iterator[None]:
+    """Run the body as one transaction of a connection that commits by itself otherwise.
+
+    Args:
+        database: Opened with ``isolation_level=None``.
+        write: Whether to hold the write lock from the start.
+    """
+    database.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+    try:
+        yield
+    except BaseException:
+        database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")
 
 
 @contextlib.contextmanager

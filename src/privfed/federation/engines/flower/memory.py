@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from privfed.errors import LedgerError, StageError
+from privfed.privacy.ledger_store import transaction
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (run_id TEXT PRIMARY KEY, binding TEXT NOT NULL, attempt INTEGER NOT NULL,
@@ -136,14 +137,8 @@ class SiteMemory:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._lock, self._translated():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+        with self._lock, self._translated(), transaction(self._database):
+            yield
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
