@@ -19,10 +19,10 @@ from torch import nn
 from privfed.config import RunConfig
 from privfed.errors import ConfigError
 from privfed.federation import workbench
-from privfed.federation.canaries import Canaries, plant
+from privfed.federation.canaries import Canaries, expected
 from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.local import ExampleDp, LocalTrainer
-from privfed.federation.material import Material, gather
+from privfed.federation.material import Material
 from privfed.federation.pairs import write_named
 from privfed.federation.phases import TRAIN
 from privfed.federation.planted import GivenGradients
@@ -121,7 +121,7 @@ def canary_scene(
     shared: SharedWork = NOTHING,
 ) -> Scene:
     """Return the scene of a run with canaries."""
-    material = plant(config, gather(config, shared))
+    material = expected(config, shared)
     if material.canaries is None:
         raise ConfigError("This run has no canaries.")
     rows = material.canaries.rows_M
