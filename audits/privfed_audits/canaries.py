@@ -25,7 +25,7 @@ from privfed.federation.local import ExampleDp, LocalTrainer
 from privfed.federation.material import Material
 from privfed.federation.pairs import write_named
 from privfed.federation.phases import TRAIN
-from privfed.federation.planted import GivenGradients
+from privfed.federation.planted import Given
 from privfed.federation.progress import Silent
 from privfed.federation.shared import NOTHING, SharedWork
 from privfed.federation.state import ServerState
@@ -174,7 +174,7 @@ def _direct(scene: Scene, view: View, say: Say) -> dict[str, Floats]:
     return found
 
 
-def _projected(seen: Sequence[Observation], given: GivenGradients, owners_M: Sequence[str]) -> tuple[Floats, Floats]:
+def _projected(seen: Sequence[Observation], given: Given, owners_M: Sequence[str]) -> tuple[Floats, Floats]:
     """Return (along_RM, spread_RM) with one row a round; a client's update is seen along its own canaries only."""
     numbers = sorted({each.round for each in seen})
     along_RM = np.full((len(numbers), len(given)), np.nan)
