@@ -34,7 +34,7 @@ from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.exchange import Connect, Exchange
 from privfed.run import train
 
-STAGE_SECONDS, DEADLINE_SECONDS = 30.0, 20.0
+STAGE_SECONDS, DEADLINE_SECONDS = 60.0, 40.0  # well above what a stage takes on a busy machine
 OWN = [
     "server.rounds=60",
     "server.cohort_size=4",

@@ -90,6 +90,26 @@ def serve(options: ServeOptions, say: Say) -> dict[str, Any]:
         return _follow(options, link, say)
 
 
+def write_app(folder: Path, source: str, settings: Sequence[str], roster: Path, say: Say) -> dict[str, Any]:
+    """Write the app bundle and the resolved configuration for ``flwr run`` in a Flower deployment of one's own.
+
+    Raises:
+        ConfigError: If the configuration cannot hold.
+    """
+    config = load_config(source, settings)
+    resolved = folder / "run.toml"
+    digest = write_bundle(folder)
+    write_atomic(resolved, config.to_toml().encode())
+    say(f"App bundle {digest}: sites may pin it (accept.bundles).")
+    given = {"config": str(resolved.resolve()), "roster": str(roster.resolve()), "out": str(Path("runs/x").resolve())}
+    say(shown(["flwr", "run", str(folder / NAME), "NAME-OF-YOUR-SUPERLINK", "--run-config", _overrides(given)]))
+    return {"app": str(folder / NAME), "bundle": digest}
+
+
+def _overrides(given: Mapping[str, object]) -> str:
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
+
+
 def _superlink(options: ServeOptions, env: Mapping[str, str], say: Say) -> Process:
     command = [flower("flower-superlink"), "--host", options.host, "--port", str(options.port)]
     command += ["--database", str(options.state / "superlink.db"), "--disable-runtime-dependency-installation"]
@@ -160,8 +180,7 @@ def _submit(options: ServeOptions, config: Path, env: Mapping[str, str], say: Sa
         "resume": options.resume,
         **options.seconds,
     }
-    overrides = " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
-    command = [flower("flwr"), "run", str(options.state / NAME), LINK, "--run-config", overrides]
+    command = [flower("flwr"), "run", str(options.state / NAME), LINK, "--run-config", _overrides(given)]
     say(shown(command))
     found = run(command, env=env)
     if found.returncode or "uccessfully started run" not in found.stdout:
