@@ -222,7 +222,9 @@ def test_a_replayed_round_a_narrowed_cohort_and_a_bare_update_are_refused(
     keys = next(asked for asked in heard if asked.kind == "keys")
     training = [asked for asked in heard if asked.kind == "train" and "shares" in asked.body]
     assert "sessions do not repeat" in ask(keys).reason
-    for asked in training:
+    later = [asked for asked in heard if asked.kind in ("shares", "agree", "unmask")]
+    assert {asked.kind for asked in later} == {"shares", "agree", "unmask"}
+    for asked in (*training, *later):  # none of it a second time: no update, no signature, no share
         reply = ask(asked)
         assert reply.status == "refused" or not reply.body["messages"]
     bare = Ask(kind="train", run_id=keys.run_id, body={**training[-1].body, "shares": {}, "clients": ["client-0"]})
