@@ -17,7 +17,17 @@ from typing import Any
 from privfed.config import load_config
 from privfed.deployment.bundle import NAME, write_bundle
 from privfed.deployment.certificates import ServerFiles, lab_files
-from privfed.deployment.processes import STOP_SECONDS, Process, environment, flower, run, shown, start, wait_for_port
+from privfed.deployment.processes import (
+    STOP_SECONDS,
+    Process,
+    alive,
+    environment,
+    flower,
+    run,
+    shown,
+    start,
+    wait_for_port,
+)
 from privfed.errors import ConfigError, PrivfedError
 from privfed.federation.sites import read_sites
 from privfed.files import write_atomic
@@ -200,7 +210,7 @@ def _follow(options: ServeOptions, link: Process, say: Say) -> dict[str, Any]:
             break
         if not link.running:
             raise PrivfedError(f"The SuperLink ended; start again with --resume. {link.tail()}")
-        gone = pid.exists() and not _alive(int(pid.read_text() or 0))
+        gone = pid.exists() and not alive(int(pid.read_text() or 0))
         late = not pid.exists() and time.monotonic() - started > START_SECONDS
         if (gone or late) and not outcome.exists():
             raise PrivfedError(f"The ServerApp is gone; start again with --resume. Its log is {link.log}.")
@@ -234,12 +244,12 @@ def _end_server_app(state: Path) -> None:
         return
     pid = int(file.read_text() or 0)
     for how in (signal.SIGTERM, signal.SIGKILL):
-        if not pid or not _alive(pid):
+        if not pid or not alive(pid):
             return
         with suppress(ProcessLookupError):
             os.kill(pid, how)
         deadline = time.monotonic() + STOP_SECONDS
-        while _alive(pid) and time.monotonic() < deadline:
+        while alive(pid) and time.monotonic() < deadline:
             time.sleep(0.1)
 
 
@@ -253,11 +263,3 @@ def _say_new(log: Path, at: int, say: Say) -> int:
     for line in whole.decode("utf-8", errors="replace").splitlines():
         say(line)
     return at + len(whole)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
