@@ -93,7 +93,8 @@ def test_no_log_holds_a_value_of_a_client(
         deadlines=Deadlines(stage=0.05),
         log=JsonLog(tmp_path / "stages.jsonl"),
     )
-    real, failed = LocalTrainer.run, []
+    real = LocalTrainer.run
+    failed: list[object] = []
 
     def run(self: LocalTrainer, start: Any, shard: Any, *rest: Any) -> Any:
         if shard.client_id == "client-0" and not failed:

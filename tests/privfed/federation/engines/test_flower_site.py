@@ -190,11 +190,16 @@ def test_an_app_bundle_that_is_not_on_the_list_gets_no_answer() -> None:
     message = flwr_app.Message(content=to_records(b"ask"), dst_node_id=1, message_type="train.privfed")
     message.metadata.__dict__["_message_id"] = "7"
     asked: list[bytes] = []
+
+    def handle(raw: bytes) -> bytes:
+        asked.append(raw)
+        return b"reply"
+
     bundle = b"raise SystemExit"
     pinned = hashlib.sha256(bundle).hexdigest()
     for accepted, answered in ((["0" * 64], False), ([pinned], True), ([], True)):
         asked.clear()
-        tasks = NodeTasks("127.0.0.1:1", lambda raw: asked.append(raw) or b"reply", accepted, Silent())
+        tasks = NodeTasks("127.0.0.1:1", handle, accepted, Silent())
         reply = tasks.reply(message, bundle)
         assert reply.has_error() is not answered
         assert asked == ([b"ask"] if answered else [])
