@@ -12,6 +12,7 @@ verified and searched for charges that were made twice.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sqlite3
@@ -117,12 +118,20 @@ def _whole_again(lab: Lab, done: int) -> str:
 
 
 def _told(rounds: Sequence[Record]) -> str:
+    """Return what became of rounds, one part for those in a row that went alike."""
     parts = []
-    for each in rounds:
-        why = "; ".join(f"{d['client_id']} absent: {d['reason'].split(':')[0]}" for d in each["dropped"])
-        clients = "lost" if each["lost"] else f"{each['survivors']} of {each['cohort']}"
-        parts.append(f"round {each['round']}: {clients}{f' ({why})' if why else ''}")
+    for what, alike in itertools.groupby(rounds, _outcome):
+        numbers = [each["round"] for each in alike]
+        which = f"round {numbers[0]}" if len(numbers) == 1 else f"rounds {numbers[0]}-{numbers[-1]}"
+        parts.append(f"{which}: {what}")
     return ", ".join(parts)
+
+
+def _outcome(each: Record) -> str:
+    if each["lost"]:
+        return "lost"
+    why = "; ".join(f"{d['client_id']}: {d['reason'].split(':')[0]}" for d in each["dropped"])
+    return f"{each['survivors']} of {each['cohort']}{f' ({why})' if why else ''}"
 
 
 def _kill_site(lab: Lab, name: str, stage: str) -> str:
