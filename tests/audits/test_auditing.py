@@ -14,7 +14,7 @@ from privfed.federation import canaries
 from privfed.federation.local import LocalTrainer
 from privfed.report.receipt import read_receipt
 from privfed.run import train
-from privfed_audits.audit import accounted_tradeoff, audit, contradiction, lines
+from privfed_audits.auditing import accounted_tradeoff, audit, contradiction, lines
 
 M = 1200
 KEYS = {
@@ -117,7 +117,7 @@ def test_the_coins_are_opened_by_nobody_but_the_scorer(honest, monkeypatch):
         opened.append(sorted(p.name for p in (folder / "audit" / "scores").glob("*.npz")))
         return canaries.read_coins(folder_)
 
-    monkeypatch.setattr("privfed_audits.audit.read_coins", late)
+    monkeypatch.setattr("privfed_audits.auditing.read_coins", late)
     again = audit(folder)
     assert opened
     assert again["views"] == found["views"]

@@ -108,21 +108,28 @@ class Grid(Table):
 
 def grid_presets() -> dict[str, str]:
     """Return the shipped grids: name to TOML text."""
-    folder = importlib.resources.files("privfed_audits.curves") / "presets"
+    folder = importlib.resources.files("privfed_audits.grids") / "presets"
     files = [f for f in folder.iterdir() if f.name.endswith(".toml")]
     return {f.name.removesuffix(".toml"): f.read_text(encoding="utf-8") for f in sorted(files, key=lambda f: f.name)}
 
 
-def load_grid(source: str, settings: Sequence[str] = ()) -> Grid:
-    """Return the grid of a TOML file or a preset; a path that exists wins.
+def load_grid(source: str | Mapping[str, Any], settings: Sequence[str] = ()) -> Grid:
+    """Return the grid of a TOML file, a preset or tables; a path that exists wins.
 
     Args:
-        source: The path or the name.
+        source: The path, the name, or what a file would hold.
         settings: More settings for every cell, which come after the grid's own.
 
     Raises:
         ConfigError: If it cannot be read, a key is unknown, or a value cannot hold.
     """
+    tables, where = (source, "grid") if isinstance(source, Mapping) else (_read(source), source)
+    found = parse_grid(tables, where=where)
+    return found.model_copy(update={"settings": [*found.settings, *settings]}) if settings else found
+
+
+def _read(source: str) -> dict[str, Any]:
+    """Return the tables of a file or a preset."""
     path = Path(source)
     if path.is_file():
         try:
@@ -136,11 +143,9 @@ def load_grid(source: str, settings: Sequence[str] = ()) -> Grid:
     else:
         text = grid_presets()[source]
     try:
-        raw = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source} is not valid TOML: {error}.") from error
-    found = parse_grid(raw, where=source)
-    return found.model_copy(update={"settings": [*found.settings, *settings]}) if settings else found
 
 
 def parse_grid(raw: Mapping[str, Any], *, where: str) -> Grid:

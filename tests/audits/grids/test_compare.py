@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from privfed_audits.curves.cells import Cell
-from privfed_audits.curves.compare import (
+from privfed_audits.grids.cells import Cell
+from privfed_audits.grids.compare import (
     choose,
     difference_text,
     dominates,
@@ -16,7 +16,7 @@ from privfed_audits.curves.compare import (
     matched,
     paired,
 )
-from privfed_audits.curves.measures import Leak, Point, Setting, settings
+from privfed_audits.grids.measures import Leak, Point, Setting, settings
 from privfed_audits.statistics import Estimate
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from privfed.report.text import bytes_text
-from privfed_audits.curves.measures import Setting, shown_utility
+from privfed_audits.grids.measures import Setting, shown_utility
 from privfed_audits.statistics import Estimate, holm, t_interval, t_test
 
 

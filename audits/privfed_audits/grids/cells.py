@@ -11,7 +11,7 @@ from typing import Any
 from privfed.config import load_config
 from privfed.errors import ConfigError, PrivfedError
 from privfed.run_config import RunConfig
-from privfed_audits.curves.grid import AXES, Grid, place_name
+from privfed_audits.grids.grid import AXES, Grid, place_name
 
 KEY_LENGTH = 16
 

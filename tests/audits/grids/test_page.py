@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from privfed_audits.curves.page.write import render, write_figures
-from privfed_audits.curves.tables import tables
+from privfed_audits.grids.page.write import render, write_figures
+from privfed_audits.grids.tables import tables
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_failures_and_an_early_look_are_said(made: ModuleType, tmp_path: Path) -
 
 
 def test_a_broken_promise_comes_first(made: ModuleType, tmp_path: Path) -> None:
-    from privfed_audits.curves.command import lines, summary
+    from privfed_audits.grids.command import lines, summary
 
     grid = made.grid(seeds=[1])
     store = made.write(tmp_path / "grid", grid)

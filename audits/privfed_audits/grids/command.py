@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from privfed_audits.curves.cells import Cell, cells, distinct
-from privfed_audits.curves.grid import Grid, load_grid
-from privfed_audits.curves.page.write import write_figures, write_page
-from privfed_audits.curves.recommend import Constraint, parse, recommend, write_runs
-from privfed_audits.curves.results import CONTRADICTED, Results, results
-from privfed_audits.curves.schedule import Progress, run_all
-from privfed_audits.curves.store import Store, locked, open_store
-from privfed_audits.curves.tables import tables, write_tables
+from privfed_audits.grids.cells import Cell, cells, distinct
+from privfed_audits.grids.grid import Grid, load_grid
+from privfed_audits.grids.page.write import write_figures, write_page
+from privfed_audits.grids.recommend import Constraint, parse, recommend, write_runs
+from privfed_audits.grids.results import CONTRADICTED, Results, results
+from privfed_audits.grids.schedule import Progress, run_all
+from privfed_audits.grids.store import Store, locked, open_store
+from privfed_audits.grids.tables import tables, write_tables
 
 # while cells are running, the page is written anew at most this often, and for at most this share of the time
 EARLY_LOOK_SECONDS = 10.0
@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 
 def curves(
-    source: str,
+    source: str | Mapping[str, Any],
     *,
     out: Path,
     settings: Sequence[str] = (),
@@ -35,7 +35,7 @@ def curves(
     """Run a grid and write its page, tables and figures.
 
     Args:
-        source: A TOML file or a preset.
+        source: A TOML file, a preset, or the tables of a grid.
         out: The grid's folder: new, or with ``resume`` the one to continue.
         settings: More settings for every cell, ``key=value``; a resumed grid needs the same.
         resume: Continue the grid; its finished cells stand, failed ones are run again.

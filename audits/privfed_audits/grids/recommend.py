@@ -14,8 +14,8 @@ from typing import Any
 from privfed.errors import ConfigError, nearest
 from privfed.files import write_atomic
 from privfed.run_config import RunConfig
-from privfed_audits.curves.compare import describe, difference_text, paired
-from privfed_audits.curves.measures import Setting
+from privfed_audits.grids.compare import describe, difference_text, paired
+from privfed_audits.grids.measures import Setting
 
 MOST = 3
 EXAMPLE = '"epsilon<=4, bytes<=1MB"'

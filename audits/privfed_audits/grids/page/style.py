@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from privfed_audits.curves.measures import Setting
-from privfed_audits.curves.results import Results
+from privfed_audits.grids.measures import Setting
+from privfed_audits.grids.results import Results
 
 # as the labels of a run's report; told apart with the common kinds of colour blindness in this order
 COLOURS = (

@@ -15,11 +15,11 @@ from markupsafe import Markup
 
 from privfed.files import write_atomic
 from privfed.types import VIEWS
-from privfed_audits.curves.grid import AXES
-from privfed_audits.curves.page.plots import Plot, plots
-from privfed_audits.curves.page.style import VIEW_NAMES, Style, style_of
-from privfed_audits.curves.results import Results
-from privfed_audits.curves.tables import Table, Value
+from privfed_audits.grids.grid import AXES
+from privfed_audits.grids.page.plots import Plot, plots
+from privfed_audits.grids.page.style import VIEW_NAMES, Style, style_of
+from privfed_audits.grids.results import Results
+from privfed_audits.grids.tables import Table, Value
 
 MOST_EXAMPLES = 12
 # of the many thousand rows behind the ROC only the file has all
@@ -65,7 +65,7 @@ def render(found: Results, made: Mapping[str, Table]) -> str:
 
     style = style_of(found)
     shown = plots(found, style)
-    folder = files("privfed_audits.curves.page") / "templates"
+    folder = files("privfed_audits.grids.page") / "templates"
     environment = jinja2.Environment(
         loader=jinja2.DictLoader({"curves.html.j2": (folder / "curves.html.j2").read_text(encoding="utf-8")}),
         autoescape=True,
@@ -98,7 +98,7 @@ def render(found: Results, made: Mapping[str, Table]) -> str:
 
 def write_figures(found: Results, folder: Path) -> None:
     """Write the figures as PNG and SVG, for a paper."""
-    from privfed_audits.curves.page.paper import draw
+    from privfed_audits.grids.page.paper import draw
 
     if found.points:
         draw(found, style_of(found), folder)

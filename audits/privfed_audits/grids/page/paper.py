@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from privfed.types import VIEWS
-from privfed_audits.curves.measures import Setting
-from privfed_audits.curves.page.style import VIEW_DASH, VIEW_NAMES, Style, families
-from privfed_audits.curves.results import Results
+from privfed_audits.grids.measures import Setting
+from privfed_audits.grids.page.style import VIEW_DASH, VIEW_NAMES, Style, families
+from privfed_audits.grids.results import Results
 from privfed_audits.statistics import Estimate
 
 GREY = "#7d8a99"

@@ -10,10 +10,10 @@ import pytest
 
 from privfed.federation.shared import SharedWork
 from privfed.run_config import RunConfig
-from privfed_audits.curves.cells import Cell, cells
-from privfed_audits.curves.grid import load_grid
-from privfed_audits.curves.measures import points
-from privfed_audits.curves.work import run_cell, thinned
+from privfed_audits.grids.cells import Cell, cells
+from privfed_audits.grids.grid import load_grid
+from privfed_audits.grids.measures import points
+from privfed_audits.grids.work import run_cell, thinned
 
 AUDITED = ["audit.record=true", "audit.canaries=32", "privacy.reproducible_noise=true"]
 

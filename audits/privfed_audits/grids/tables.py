@@ -10,10 +10,10 @@ from pathlib import Path
 
 from privfed.files import write_atomic
 from privfed.types import VIEWS
-from privfed_audits.curves.cells import place_of
-from privfed_audits.curves.grid import AXES
-from privfed_audits.curves.measures import Leak, Point, Setting
-from privfed_audits.curves.results import Results
+from privfed_audits.grids.cells import place_of
+from privfed_audits.grids.grid import AXES
+from privfed_audits.grids.measures import Leak, Point, Setting
+from privfed_audits.grids.results import Results
 from privfed_audits.statistics import Estimate
 
 Value = str | float | int | None

@@ -12,8 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from privfed_audits.curves.page.write import render
-from privfed_audits.curves.tables import tables
+from privfed_audits.grids.page.write import render
+from privfed_audits.grids.tables import tables
 
 _path = Path(__file__).parents[2] / "privfed" / "report" / "test_browser.py"
 _spec = importlib.util.spec_from_file_location("privfed_report_browser", _path)

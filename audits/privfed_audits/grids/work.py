@@ -18,7 +18,7 @@ from privfed.federation.shared import SharedWork
 from privfed.report.load import load_metrics
 from privfed.run_config import RunConfig
 from privfed.types import VIEWS, View
-from privfed_audits.curves.store import Record
+from privfed_audits.grids.store import Record
 
 REFUSALS = (ConfigError, DataError, ModelError)
 ROC_POINTS = 48
@@ -103,7 +103,7 @@ def _promise(receipt: Mapping[str, Any], view: str) -> Record:
 
 def _audited(folder: Path, attacks: Sequence[str], shared: SharedWork) -> Record:
     """Return what the audit found, or why it found nothing; the run counts either way."""
-    from privfed_audits.audit import audit
+    from privfed_audits.auditing import audit
 
     try:
         found = dict(audit(folder, attacks=list(attacks) or None, shared=shared, as_if_secret=True))
@@ -153,7 +153,7 @@ def worker(connection: Any, folder: str, audit: bool, attacks: Sequence[str]) ->
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.join,), daemon=True).start()
     from privfed.config import parse_config
-    from privfed_audits.curves.store import Store
+    from privfed_audits.grids.store import Store
 
     store = Store(path=Path(folder))
     shared = SharedWork(store.shared)

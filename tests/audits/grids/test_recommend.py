@@ -10,7 +10,7 @@ import pytest
 
 from privfed.config import load_config
 from privfed.errors import ConfigError
-from privfed_audits.curves.recommend import parse, recommend, write_runs
+from privfed_audits.grids.recommend import parse, recommend, write_runs
 
 
 @pytest.mark.parametrize(

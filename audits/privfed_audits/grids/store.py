@@ -20,7 +20,7 @@ from typing import Any
 
 from privfed.errors import ConfigError, ResumeError
 from privfed.files import write_atomic
-from privfed_audits.curves.grid import Grid, parse_grid
+from privfed_audits.grids.grid import Grid, parse_grid
 
 Record = dict[str, Any]
 DROPPED = ("checkpoint", "transcript", "clients")

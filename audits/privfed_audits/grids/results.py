@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from privfed_audits.curves.cells import Cell, distinct
-from privfed_audits.curves.compare import Choice, Matched, choose, front, matched
-from privfed_audits.curves.grid import Grid
-from privfed_audits.curves.measures import Point, Setting, points, settings, utility_name
-from privfed_audits.curves.store import Record
+from privfed_audits.grids.cells import Cell, distinct
+from privfed_audits.grids.compare import Choice, Matched, choose, front, matched
+from privfed_audits.grids.grid import Grid
+from privfed_audits.grids.measures import Point, Setting, points, settings, utility_name
+from privfed_audits.grids.store import Record
 
 CONTRADICTED = "contradicted"
 
@@ -71,7 +71,7 @@ class Results:
 
 
 def _broken(audit: Mapping[str, Any]) -> str:
-    from privfed_audits.audit import contradiction  # loads torch, which showing a grid does not need
+    from privfed_audits.auditing import contradiction  # loads torch, which showing a grid does not need
 
     return contradiction(audit) or ""
 

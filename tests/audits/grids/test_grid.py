@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from privfed.errors import ConfigError, UnknownNameError
-from privfed_audits.curves.cells import cells, distinct
-from privfed_audits.curves.grid import AS_BASE, Grid, grid_presets, load_grid, parse_grid, place_name
+from privfed_audits.grids.cells import cells, distinct
+from privfed_audits.grids.grid import AS_BASE, Grid, grid_presets, load_grid, parse_grid, place_name
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from privfed_audits.curves.store import Record, Store
-from privfed_audits.curves.work import worker
+from privfed_audits.grids.store import Record, Store
+from privfed_audits.grids.work import worker
 
 # what a worker is taken to need until one has told: torch, a small model, its cached states
 FIRST_GUESS = 1.5 * 2**30

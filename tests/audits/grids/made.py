@@ -15,10 +15,10 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import beta
 
 from privfed_audits.bounds import epsilon_to_mu
-from privfed_audits.curves.cells import Cell, cells
-from privfed_audits.curves.grid import Grid, parse_grid
-from privfed_audits.curves.results import Results, results
-from privfed_audits.curves.store import Store, open_store
+from privfed_audits.grids.cells import Cell, cells
+from privfed_audits.grids.grid import Grid, parse_grid
+from privfed_audits.grids.results import Results, results
+from privfed_audits.grids.store import Store, open_store
 
 DELTA = 1e-5
 CANARIES = 400

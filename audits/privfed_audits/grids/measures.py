@@ -12,9 +12,9 @@ from typing import Any
 
 from privfed.report.text import interval as wilson
 from privfed.types import VIEWS
-from privfed_audits.curves.cells import Cell
-from privfed_audits.curves.grid import place_name
-from privfed_audits.curves.store import Record
+from privfed_audits.grids.cells import Cell
+from privfed_audits.grids.grid import place_name
+from privfed_audits.grids.store import Record
 from privfed_audits.statistics import Estimate, t_interval
 
 Labels = tuple[str, str, str, str]

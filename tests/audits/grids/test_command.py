@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from privfed.cli import main
-from privfed_audits.curves.schedule import Progress, duration
+from privfed_audits.grids.schedule import Progress, duration
 
 # a grid starts processes that import torch: on a machine that is busy with other things this takes its time
 PATIENCE = 500.0

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from privfed.errors import ConfigError, ResumeError
-from privfed_audits.curves.store import Store, locked, open_store, stored_grid
+from privfed_audits.grids.store import Store, locked, open_store, stored_grid
 
 
 def test_a_kept_cell_has_its_small_files_and_not_the_large_ones(made: ModuleType, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_folders_that_cannot_be_used(made: ModuleType, tmp_path: Path) -> None:
         stored_grid(tmp_path / "grid")
 
 
-HOLD = "import sys, time; from pathlib import Path; from privfed_audits.curves.store import locked\n" + (
+HOLD = "import sys, time; from pathlib import Path; from privfed_audits.grids.store import locked\n" + (
     "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
 )
 

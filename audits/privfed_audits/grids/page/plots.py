@@ -11,11 +11,11 @@ import plotly.graph_objects as go
 
 from privfed.report.text import bytes_text
 from privfed.types import VIEWS
-from privfed_audits.curves.compare import describe
-from privfed_audits.curves.grid import AXES
-from privfed_audits.curves.measures import Leak, Point, Setting
-from privfed_audits.curves.page.style import VIEW_DASH, VIEW_NAMES, Style, families
-from privfed_audits.curves.results import Results
+from privfed_audits.grids.compare import describe
+from privfed_audits.grids.grid import AXES
+from privfed_audits.grids.measures import Leak, Point, Setting
+from privfed_audits.grids.page.style import VIEW_DASH, VIEW_NAMES, Style, families
+from privfed_audits.grids.results import Results
 from privfed_audits.statistics import Estimate
 
 GREY = "#7d8a99"
