@@ -79,12 +79,12 @@ def problem(page: Path, target: str, root: Path) -> str | None:
 
 def check(root: Path) -> list[str]:
     """Return a sentence for every link that leads nowhere."""
-    found = []
-    for page in pages(root):
-        for target in links(page):
-            if not ELSEWHERE.match(target) and (wrong := problem(page, target, root)):
-                found.append(f"{page.relative_to(root)}: ({target}) {wrong}.")
-    return found
+    return [
+        f"{page.relative_to(root)}: ({target}) {wrong}."
+        for page in pages(root)
+        for target in links(page)
+        if not ELSEWHERE.match(target) and (wrong := problem(page, target, root))
+    ]
 
 
 def main() -> None:

@@ -43,8 +43,8 @@ def audit(
         ``contradicted`` is true if any claim is.
 
     Raises:
-        ConfigError: If the run is not finished, or does not allow what is asked for.
-        ResumeError: If there is no run, or the coins of its canaries are gone.
+        ConfigError: If there is no run, it is not finished, or it does not allow what is asked for.
+        ResumeError: If the coins of its canaries are gone.
     """
     from privfed_audits.auditing import audit as attacked  # loads torch
 

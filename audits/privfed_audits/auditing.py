@@ -69,9 +69,11 @@ def audit(
         as_if_secret: Hold an experiment whose noise is reproducible to what it would guarantee were the noise secret.
 
     Raises:
-        ConfigError: If the run is not finished, or does not allow what is asked for.
-        ResumeError: If there is no run, or the coins of its canaries are gone.
+        ConfigError: If there is no run, it is not finished, or it does not allow what is asked for.
+        ResumeError: If the coins of its canaries are gone.
     """
+    if not (folder / "run.json").is_file():
+        raise ConfigError(f"There is no run in {folder}: pass a folder that `privfed train` wrote.")
     _, raw = reopen(folder)
     config = parse_config(raw, where=str(folder / "config.toml"))
     receipt = read_receipt(folder / "receipt.json")

@@ -135,7 +135,8 @@ def thinned(roc: Mapping[str, Sequence[float]], most: int = ROC_POINTS) -> dict[
         return {key: [float(v) for v in values] for key, values in roc.items()}
     low = float(fpr[fpr > 0].min()) if (fpr > 0).any() else 1e-4
     wanted = np.concatenate([[0.0], np.geomspace(low, 1.0, most - 1)])
-    picked = np.unique(np.concatenate([np.searchsorted(fpr, wanted, side="right") - 1, [len(fpr) - 1]]))
+    places = np.searchsorted(fpr, wanted, side="right") - 1
+    picked = np.unique(np.concatenate([places[places >= 0], [len(fpr) - 1]]))  # below the first point there is none
     return {key: [float(np.asarray(values)[i]) for i in picked] for key, values in roc.items()}
 
 

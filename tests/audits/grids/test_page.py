@@ -156,3 +156,41 @@ def test_the_figures_for_a_paper(results: Any, tmp_path: Path) -> None:
     assert all(b"<svg" in content and len(content) > 5000 for content in before.values())
     write_figures(results, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")} == before
+
+
+def test_figures_number_their_axes_in_plain_text(results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: dict[str, list[str]] = {}
+    saved = Figure.savefig
+
+    def savefig(self: Any, path: Path, **options: Any) -> None:
+        saved(self, path, **options)
+        axes = self.axes[0]
+        ticks = [*axes.get_xticklabels(which="both"), *axes.get_yticklabels(which="both")]
+        drawn[path.stem] = [label.get_text() for label in ticks]
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    write_figures(results, tmp_path)
+    assert set(drawn) == {"utility", "leakage", "roc", "front", "matched"}
+    assert not [text for texts in drawn.values() for text in texts if "$" in text or "\\" in text]
+    assert any(text.endswith("B") for text in drawn["front"])
+
+
+def test_the_leakage_figure_shows_what_is_proved_however_long_the_bars(
+    results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    tops: dict[str, float] = {}
+    saved = Figure.savefig
+
+    def savefig(self: Any, path: Path, **options: Any) -> None:
+        saved(self, path, **options)
+        tops[path.stem] = self.axes[0].get_ylim()[1]
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    write_figures(results, tmp_path)
+    leaks = [leak for point in results.points for leak in point.leaks.values()]
+    most = max([leak.empirical for leak in leaks] + [leak.accounted for leak in leaks if leak.accounted is not None])
+    assert most < tops["leakage"] <= 1.3 * max(most, *(leak.ceiling or 0.0 for leak in leaks))

@@ -89,3 +89,6 @@ def test_a_thinned_curve_keeps_its_ends_and_its_shape() -> None:
     assert all(t == pytest.approx(f**0.5) for f, t in zip(found["fpr"], found["tpr"], strict=True))
     assert sum(f < 0.01 for f in found["fpr"]) >= 5
     assert thinned(found, most=40) == found
+    # a ROC whose first point is above 0 starts there, not at its end
+    above = thinned({"fpr": fpr[8:], "tpr": [x**0.5 for x in fpr[8:]]}, most=30)
+    assert above["fpr"] == sorted(above["fpr"]) and above["fpr"][0] == 0.008 and above["fpr"][-1] == 1.0

@@ -88,9 +88,16 @@ def _leakage(axes: Any, found: Results, style: Style) -> bool:
         axes.plot(places, places, color=GREY, linestyle="--", linewidth=1)
     _epsilon_axis(axes, style)
     axes.set_ylabel("epsilon found by attack")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, _leakage_top(found, style))
     _key(axes, style)
     return shown
+
+
+def _leakage_top(found: Results, style: Style) -> float:
+    """Return where the axis ends: above all that is promised or proved; bars, whose upper ends prove nothing, may not."""
+    leaks = [leak for point in found.points for leak in point.leaks.values()]
+    proved = [value for leak in leaks for value in (leak.empirical, leak.ceiling) if value is not None]
+    return 1.25 * max([*proved, *style.epsilons, 0.8])
 
 
 def _leak_mark(axes: Any, each: Setting, view: str, value: Estimate, style: Style) -> None:
@@ -127,6 +134,8 @@ def _roc(axes: Any, found: Results, style: Style) -> bool:
     low = max(1e-4, min(float(x) for x in roc["fpr"] if x > 0))
     axes.set(xscale="log", yscale="log", xlim=(low, 1), ylim=(low, 1.1))
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title=worst.cell.name)
+    _plain(axes.xaxis)
+    _plain(axes.yaxis)
     axes.legend(fontsize=6, frameon=False)
     return True
 
@@ -149,7 +158,8 @@ def _front(axes: Any, found: Results, style: Style) -> bool:
         taken = found.choice.setting
         place = (taken.bytes_run, style.score(taken.utility.mean))
         axes.plot(*place, "o", markersize=12, markerfacecolor="none", markeredgecolor="#b01e1e")
-    axes.set(xscale="log", xlabel="bytes that a client sends", ylabel=style.score_title)
+    axes.set(xscale="log", xlabel="bytes that a client sends in the whole run", ylabel=style.score_title)
+    _plain(axes.xaxis, unit="B")
     _key(axes, style)
     return bool(found.settings)
 
@@ -183,6 +193,15 @@ def _bars(values: list[Estimate], drawn: Callable[[float], float]) -> list[list[
         lower.append(max(0.0, middle - ends[0]))
         upper.append(max(0.0, ends[1] - middle))
     return [lower, upper]
+
+
+def _plain(axis: Any, unit: str | None = None) -> None:
+    """Number a logarithmic axis in plain text: matplotlib would write powers as mathematics, which is off here."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if unit else (1,)))
+    axis.set_major_formatter(EngFormatter(unit) if unit else FuncFormatter(lambda value, _place: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _epsilon_axis(axes: Any, style: Style) -> None:
