@@ -69,7 +69,10 @@ WRONG = [
     ("budget base.toml -s data.path=rowz.csv", ["'rowz.csv' is not there", "Did you mean 'rows.csv'?", "relative"]),
     ("budget base.toml -s data.path=sheet.xlsx", ["'.xlsx', expected .csv", "convert or rename it"]),
     ("budget base.toml -s data.path=latin.csv", ["byte 0xe9", "(line 2), expected UTF-8", "iconv"]),
-    ("budget base.toml -s data.path=semicolons.csv", ["separates its values by ';' (text;label)", "save it with commas"]),
+    (
+        "budget base.toml -s data.path=semicolons.csv",
+        ["separates its values by ';' (text;label)", "save it with commas"],
+    ),
     ("budget base.toml -s data.path=tabs.csv", ["separates its values by", "or with tabs as .tsv"]),
     ("budget base.toml -s data.text=txet", ["no column 'txet', only 'text', 'label'", "Set [data] text"]),
     (

@@ -94,7 +94,7 @@ def _leakage(axes: Any, found: Results, style: Style) -> bool:
 
 
 def _leakage_top(found: Results, style: Style) -> float:
-    """Return where the axis ends: above all that is promised or proved; bars, whose upper ends prove nothing, may not."""
+    """Return where the axis ends: above all that is promised or proved. The upper ends of bars prove nothing."""
     leaks = [leak for point in found.points for leak in point.leaks.values()]
     proved = [value for leak in leaks for value in (leak.empirical, leak.ceiling) if value is not None]
     return 1.25 * max([*proved, *style.epsilons, 0.8])
