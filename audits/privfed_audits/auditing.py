@@ -189,7 +189,7 @@ def _views(
     if attacks is not None and not any(_is_membership(name) for name in attacks):
         return {}
     if not config.audit.canaries:
-        return _untossed(folder, config, receipt, transcript, view, attacks, say, shared)
+        return _untossed(folder, config, receipt, transcript, view, attacks, say, shared, as_if_secret=as_if_secret)
     sizes = {c["client_id"]: int(c["size"]) for c in json.loads((folder / "partition.json").read_text())["clients"]}
     scene = canary_scene(folder, config, transcript, sizes, shared)
     possible = views_of(scene)
@@ -250,6 +250,8 @@ def _untossed(
     attacks: Sequence[str] | None,
     say: Say,
     shared: SharedWork,
+    *,
+    as_if_secret: bool,
 ) -> dict[str, Any]:
     if config.privacy.unit == "client" or view not in (None, "release"):
         return {}
@@ -257,7 +259,7 @@ def _untossed(
     if scene is None:
         return {}
     say("release: losses of training and test records")
-    claim: Claim = claim_of(receipt, "release")
+    claim: Claim = claim_of(receipt, "release", as_if_secret=as_if_secret)
     return {"release": untossed(scene, claim, attacks)}
 
 

@@ -9,11 +9,12 @@ from torch import nn
 
 from privfed.config import RunConfig
 from privfed.data import AnySplit
+from privfed.data.canaries import CANARIES
 from privfed.errors import ModelError
 from privfed.federation.canaries import Canaries
 from privfed.federation.material import Material
 from privfed.federation.phases import TRAIN, WARM_START, phases
-from privfed.federation.planted import GivenGradients, PlantedExamples, given_gradients
+from privfed.federation.planted import Given, PlantedExamples, given_gradients, random_directions
 from privfed.federation.shared import NOTHING, SharedWork
 from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples
 from privfed.models.language import LanguageExamples, packs_are_apart
@@ -109,14 +110,15 @@ def planted(config: RunConfig, bench: Workbench, canaries: Canaries) -> PlantedE
     return PlantedExamples(bench.train, int(canaries.rows_M[0]), gradients)
 
 
-def given_of(config: RunConfig, layout: ParamLayout, canaries: Canaries) -> GivenGradients:
+def given_of(config: RunConfig, layout: ParamLayout, canaries: Canaries) -> Given:
     """Return the gradients that a run's canaries are given; they follow from its seed, and are no secret.
 
     Raises:
         ModelError: If there are more canaries than values for them.
     """
     rng = experiment_rng(config.seed, "canaries", "values")
-    return given_gradients(layout, len(canaries), config.privacy.l2_clip_norm, rng)
+    make = random_directions if CANARIES.get(canaries.kind).dense else given_gradients
+    return make(layout, len(canaries), config.privacy.l2_clip_norm, rng)
 
 
 def load_tuned(config: RunConfig, material: Material, shared: SharedWork = NOTHING) -> tuple[LoadedModel, TunedModel]:
