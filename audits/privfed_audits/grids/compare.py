@@ -61,7 +61,9 @@ def choose(found: Sequence[Setting], utility: str) -> Choice | None:
     level = [each for each in pool if each.utility.high >= best.utility.low]
     taken = _cheapest(level)
     kind = "with a guarantee " if private else ""
-    if len(level) == 1:
+    if len(pool) == 1:
+        reason = f"The only configuration {kind}on the front is {taken.name}"
+    elif len(level) == 1:
         reason = f"Of the {len(pool)} configurations {kind}on the front, {taken.name} is clearly the most useful"
     else:
         order = "the smallest epsilon, " if private else ""

@@ -86,7 +86,10 @@ def test_the_choice_takes_the_cheapest_of_the_level_ones_that_have_a_guarantee()
     assert "3 are not clearly less useful" in choice.sentence and "epsilon 4.00 accounted" in choice.sentence
     assert "no guarantee" in choice.sentence and "+17.0 points" in choice.sentence
     alone = choose(found[:1], "accuracy")
-    assert alone is not None and "clearly the most useful" in alone.sentence
+    assert alone is not None and "The only configuration with a guarantee on the front is best, " in alone.sentence
+    clear = choose([found[0], found[3]], "accuracy")
+    assert clear is not None and "Of the 2 configurations with a guarantee" in clear.sentence
+    assert "best, c, p, s is clearly the most useful" in clear.sentence
     assert choose([], "accuracy") is None
 
 
