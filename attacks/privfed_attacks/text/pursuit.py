@@ -16,10 +16,10 @@ together: an entry stays at the position where it explains most, and is dropped 
 are no larger than noise makes them. In the limit of no noise that is exact while fewer entries are taken than the layer
 is wide.
 
-Positions are another matter. Before the normalisation an input is a word's vector plus a position's, so "a at 3 and b at
-7" and "a at 7 and b at 3" explain nearly the same rows; a wrong choice leaves a rest, and words that are little more than
-their position (reserved entries that training never moved) explain it. So at the end each *word* has to be needed with
-all positions free: it is dropped if the other words and the differences between positions explain the rows without it.
+Positions are another matter. Before the normalisation an input is a word's vector plus a position's, so "a at 3 and b
+at 7" and "a at 7 and b at 3" explain nearly the same rows; a wrong choice leaves a rest, and words that are little more
+than their position (reserved entries that training never moved) explain it. So at the end each *word* has to be needed
+with all positions free: it is dropped if the other words and differences between positions explain the rows without it.
 
 Shape suffixes: k rows, d width, N words, S positions, M entries of a pool, s entries taken.
 """
@@ -254,7 +254,7 @@ class _Search:
         return set(words)
 
     def _position_changes(self, taken: set[int]) -> Array:
-        """Return a basis of what a change of position does to an input: that of two words that were not taken [p, d]."""
+        """Return a basis of what a change of position does to an input [p, d]: that of two words not taken."""
         if self.entries.positions == 1:
             return self.vectors_sd[:0]
         others = [int(word) for word in self.entries.words if int(word) not in taken][:2]
