@@ -6,8 +6,8 @@
     python benchmarks/attacks_membership.py shadows head  # the same for classifiers on the frozen model's features
 
 *theory*: the shipped trainer takes single steps at noise multiplier z on a tiny random BERT; gradient-dot knows all
-but one example's bit. For LoRA, BitFit, prompt tuning and adapters; target: within .01 of the closed form. Finished cells
-are kept in benchmarks/attacks.jsonl and not run again; their trials are independent, so more steps are further trials.
+but one example's bit. For LoRA, BitFit, prompt tuning and adapters; target: within .01 of the closed form. Finished
+cells are kept in benchmarks/attacks.jsonl and not run again.
 *shadows*: LoRA of rank 8 on MiniLM's last block, or heads alone, on pydoc, trained side by side until they overfit;
 each in turn is attacked, the others are its references. Thresholds are frozen on the even models and read on the odd
 ones.
