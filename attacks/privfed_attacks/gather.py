@@ -18,14 +18,18 @@ from torch import nn
 
 from privfed.errors import ConfigError
 from privfed.models.examples import Batch, Examples, losses, microbatches
+from privfed.models.language import IGNORED
 from privfed.privacy.per_example import PerExampleModel
 from privfed_attacks.membership import Evidence
+from privfed_attacks.membership.signals import token_statistics
 from privfed_attacks.observation import Observation
 from privfed_attacks.public_model import PublicModel, write_tensors
 from privfed_attacks.shadows import precise_losses
 
 MOST_BYTES = 4 << 30
 """The most memory that gradients of queries may take."""
+TOKENS = ("token_logprobs_QT", "token_means_QT", "token_deviations_QT")
+"""The fields of evidence that only a language model gives."""
 
 
 def from_updates(
@@ -109,6 +113,36 @@ def example_losses(module: nn.Module, examples: Examples, size: int = 64) -> NDA
         for rows in microbatches(examples, np.arange(len(examples)), size):
             found[rows] = _losses(module, examples, examples.batch(rows)).double().cpu().numpy()
     return found
+
+
+def token_evidence(module: nn.Module, examples: Examples, size: int = 4) -> Evidence:
+    """Return what a language model says of each learned token of texts (``TOKENS``); nothing of other examples.
+
+    Args:
+        module: The model.
+        examples: Of the attacker.
+        size: Examples a pass; each holds the logits of its whole vocabulary.
+    """
+    logits = getattr(examples, "logits", None)
+    if logits is None or not len(examples) or getattr(examples.batch(np.arange(1)), "targets_BT", None) is None:
+        return Evidence()
+    found: list[tuple[NDArray[np.float64], ...]] = [()] * len(examples)
+    module.eval()
+    with torch.no_grad():
+        for rows in microbatches(examples, np.arange(len(examples)), size):
+            batch = examples.batch(rows)
+            logits_BTV = logits(module, batch).double().cpu().numpy()
+            for place, row in enumerate(rows):
+                targets = batch.targets_BT[place].numpy()
+                learned = targets != IGNORED
+                found[row] = token_statistics(logits_BTV[place][learned], targets[learned])
+    lengths = [len(each[0]) for each in found]
+    if not min(lengths):
+        return Evidence()  # a text without a learned token has no score
+    filled = np.full((len(TOKENS), len(found), max(lengths)), np.nan)
+    for row, each in enumerate(found):
+        filled[:, row, : lengths[row]] = each
+    return Evidence(**dict(zip(TOKENS, filled, strict=True)))
 
 
 def query_gradients(module: nn.Module, examples: Examples, names: Sequence[str], size: int = 16) -> NDArray[np.float64]:

@@ -14,9 +14,10 @@ from privfed.config import RunConfig
 from privfed.federation.material import gather
 from privfed.federation.shared import NOTHING, SharedWork
 from privfed.federation.transcript import Transcript
+from privfed_attacks.gather import TOKENS, example_losses
 from privfed_attacks.membership import MEMBERSHIP, Evidence
 from privfed_attacks.roc import roc
-from privfed_audits.canaries import Scene, loss_evidence
+from privfed_audits.canaries import Part, Scene, asked, released, sufficient
 from privfed_audits.claims import Claim
 from privfed_audits.verdict import curve
 
@@ -26,7 +27,6 @@ NOT_RANDOMISED = (
 )
 MOST = 2000
 _LEAST = 8
-ATTACKS = ("loss", "population")
 
 
 def untossed_scene(
@@ -53,7 +53,7 @@ def untossed(scene: Scene, claim: Claim, attacks: Sequence[str] | None) -> dict[
         claim: What is promised.
         attacks: Names to keep to, or None.
     """
-    scores, bits_N = _scores(loss_evidence(scene), attacks)
+    scores, bits_N = _scores(scene, attacks)
     areas = {name: roc(values, bits_N).auc for name, values in scores.items()}
     best = max(areas, key=lambda name: areas[name])
     return {
@@ -73,12 +73,32 @@ def untossed(scene: Scene, claim: Claim, attacks: Sequence[str] | None) -> dict[
     }
 
 
-def _scores(evidence: Evidence, attacks: Sequence[str] | None) -> tuple[Mapping[str, Floats], NDArray[np.bool_]]:
+def _scores(scene: Scene, attacks: Sequence[str] | None) -> tuple[Mapping[str, Floats], NDArray[np.bool_]]:
     """Return scores by attack of members and non-members, and which are which."""
-    inside, outside = evidence.losses_Q, evidence.population_losses_Z
-    if inside is None or outside is None:
-        raise ValueError("the evidence has no losses")
-    asked = replace(evidence, losses_Q=np.concatenate([inside, outside[1::2]]), population_losses_Z=outside[::2])
-    names = [name for name in ATTACKS if attacks is None or name in attacks] or list(ATTACKS)
-    bits = np.arange(len(inside) + len(outside[1::2])) < len(inside)
-    return {name: MEMBERSHIP.get(name).score(asked) for name in names}, bits
+    module, members, others = released(scene)
+    rows = np.arange(len(others))
+    evidence = _joined(asked(module, members), asked(module, Part(others, rows[1::2])))
+    evidence = replace(evidence, population_losses_Z=example_losses(module, Part(others, rows[::2])))
+    possible = sufficient(evidence)
+    names = [name for name in possible if attacks is None or name in attacks] or list(possible)
+    bits = np.arange(len(members) + len(rows[1::2])) < len(members)
+    return {name: MEMBERSHIP.get(name).score(evidence) for name in names}, bits
+
+
+def _joined(one: Evidence, other: Evidence) -> Evidence:
+    """Return the evidence on two sets of queries as that on one."""
+    found = {}
+    for name in ("losses_Q", *TOKENS):
+        values = [value for value in (getattr(one, name), getattr(other, name)) if value is not None]
+        if len(values) == 2:
+            found[name] = _stacked(values)
+    return Evidence(**found)
+
+
+def _stacked(values: Sequence[Floats]) -> Floats:
+    """Return rows below each other, shorter ones filled up with NaN, which stands for no token."""
+    if values[0].ndim == 1:
+        return np.concatenate(values)
+    width = max(each.shape[1] for each in values)
+    wide = [np.pad(each, ((0, 0), (0, width - each.shape[1])), constant_values=np.nan) for each in values]
+    return np.concatenate(wide)
