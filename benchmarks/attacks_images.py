@@ -107,7 +107,7 @@ class Client:
             sampling_probability=1.0 if dp else None,
             local_steps=1,
         )
-        self.split = load_dataset(data, seed=0, task="image_classification").train
+        self.split: Any = load_dataset(data, seed=0, task="image_classification").train
         names = tuple(str(k) for k in range(1 + max(int(label) for label in self.split.labels)))
         self.side = SideInformation(
             model=ModelConfig(name=model, task="image_classification"),
@@ -146,7 +146,7 @@ class Client:
         pictures = own.batch(np.arange(scene.pictures)).inputs["pixel_values"].numpy()
         return seen, Sealed(Batch(images=pictures)), Setting(sequences=scene.pictures, images=beside, seed=seed)
 
-    def _examples(self, rows: Sequence[int]) -> ImageExamples:
+    def _examples(self, rows: Any) -> ImageExamples:
         labels = np.array([int(self.split.labels[row]) for row in rows])
         return ImageExamples([self.split.images[row] for row in rows], labels, form_of(self.model))
 

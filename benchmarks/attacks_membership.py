@@ -190,7 +190,7 @@ def overfitted(case: str, models: int, examples: int, steps: int) -> Overfitted:
     loaded = load_model(config, label_names=data.label_names, seed=1)
     rows: Any = build_examples(data.train, data.kind, loaded, config)
     tuning = TUNINGS.get(case)
-    tuned = tuning.apply(loaded, tuning.config(**SETTINGS[case]["tuning"]), 1)
+    tuned: Any = tuning.apply(loaded, tuning.config(**SETTINGS[case]["tuning"]), 1)
     module: Any = tuned.model
     features = None
     if case == "head":
@@ -198,7 +198,8 @@ def overfitted(case: str, models: int, examples: int, steps: int) -> Overfitted:
         rows = head_features(tuned.model, module, rows)
         features = rows.batch(np.arange(len(rows))).inputs.double().numpy()
     else:
-        assert attach(tuned.model, find_prefix(tuned.model, tuned.head), rows)
+        below: Any = find_prefix(tuned.model, tuned.head)
+        assert attach(tuned.model, below, rows)
     members_KQ = in_out_matrix(models, len(rows) // 2, experiment_rng(1, "in-out"))
     seen = np.concatenate([members_KQ, np.zeros((models, len(rows) - len(rows) // 2), dtype=bool)], axis=1)
     client = ClientConfig(local_steps=steps, **SETTINGS[case]["client"])

@@ -28,8 +28,6 @@ from privfed_attacks.shadows import precise_losses
 
 MOST_BYTES = 4 << 30
 """The most memory that gradients of queries may take."""
-TOKENS = ("token_logprobs_QT", "token_means_QT", "token_deviations_QT")
-"""The fields of evidence that only a language model gives."""
 
 
 def from_updates(
@@ -116,7 +114,7 @@ def example_losses(module: nn.Module, examples: Examples, size: int = 64) -> NDA
 
 
 def token_evidence(module: nn.Module, examples: Examples, size: int = 4) -> Evidence:
-    """Return what a language model says of each learned token of texts (``TOKENS``); nothing of other examples.
+    """Return what a language model says of each learned token of texts; nothing of other examples.
 
     Args:
         module: The model.
@@ -124,25 +122,27 @@ def token_evidence(module: nn.Module, examples: Examples, size: int = 4) -> Evid
         size: Examples a pass; each holds the logits of its whole vocabulary.
     """
     logits = getattr(examples, "logits", None)
-    if logits is None or not len(examples) or getattr(examples.batch(np.arange(1)), "targets_BT", None) is None:
+    if logits is None:
         return Evidence()
     found: list[tuple[NDArray[np.float64], ...]] = [()] * len(examples)
     module.eval()
     with torch.no_grad():
         for rows in microbatches(examples, np.arange(len(examples)), size):
             batch = examples.batch(rows)
-            logits_BTV = logits(module, batch).double().cpu().numpy()
+            if batch.targets_BT is None:
+                return Evidence()
+            logits_BTV, targets_BT = logits(module, batch).double().cpu().numpy(), batch.targets_BT.numpy()
             for place, row in enumerate(rows):
-                targets = batch.targets_BT[place].numpy()
+                targets = targets_BT[place]
                 learned = targets != IGNORED
                 found[row] = token_statistics(logits_BTV[place][learned], targets[learned])
     lengths = [len(each[0]) for each in found]
-    if not min(lengths):
+    if not lengths or not min(lengths):
         return Evidence()  # a text without a learned token has no score
-    filled = np.full((len(TOKENS), len(found), max(lengths)), np.nan)
+    filled = np.full((3, len(found), max(lengths)), np.nan)
     for row, each in enumerate(found):
         filled[:, row, : lengths[row]] = each
-    return Evidence(**dict(zip(TOKENS, filled, strict=True)))
+    return Evidence(token_logprobs_QT=filled[0], token_means_QT=filled[1], token_deviations_QT=filled[2])
 
 
 def query_gradients(module: nn.Module, examples: Examples, names: Sequence[str], size: int = 16) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from privfed.config import RunConfig
 from privfed.federation.material import gather
 from privfed.federation.shared import NOTHING, SharedWork
 from privfed.federation.transcript import Transcript
-from privfed_attacks.gather import TOKENS, example_losses
+from privfed_attacks.gather import example_losses
 from privfed_attacks.membership import MEMBERSHIP, Evidence
 from privfed_attacks.roc import roc
 from privfed_audits.canaries import Part, Scene, asked, released, sufficient
@@ -87,18 +87,21 @@ def _scores(scene: Scene, attacks: Sequence[str] | None) -> tuple[Mapping[str, F
 
 def _joined(one: Evidence, other: Evidence) -> Evidence:
     """Return the evidence on two sets of queries as that on one."""
-    found = {}
-    for name in ("losses_Q", *TOKENS):
-        values = [value for value in (getattr(one, name), getattr(other, name)) if value is not None]
-        if len(values) == 2:
-            found[name] = _stacked(values)
-    return Evidence(**found)
+    return Evidence(
+        losses_Q=_stacked(one.losses_Q, other.losses_Q),
+        token_logprobs_QT=_stacked(one.token_logprobs_QT, other.token_logprobs_QT),
+        token_means_QT=_stacked(one.token_means_QT, other.token_means_QT),
+        token_deviations_QT=_stacked(one.token_deviations_QT, other.token_deviations_QT),
+    )
 
 
-def _stacked(values: Sequence[Floats]) -> Floats:
-    """Return rows below each other, shorter ones filled up with NaN, which stands for no token."""
-    if values[0].ndim == 1:
-        return np.concatenate(values)
-    width = max(each.shape[1] for each in values)
-    wide = [np.pad(each, ((0, 0), (0, width - each.shape[1])), constant_values=np.nan) for each in values]
-    return np.concatenate(wide)
+def _stacked(one: Floats | None, other: Floats | None) -> Floats | None:
+    """Return rows below each other, shorter ones filled up with NaN, which stands for no token; None without both."""
+    if one is None or other is None:
+        return None
+    if one.ndim == 1:
+        return np.concatenate([one, other])
+    wide = np.full((len(one) + len(other), max(one.shape[1], other.shape[1])), np.nan)
+    wide[: len(one), : one.shape[1]] = one
+    wide[len(one) :, : other.shape[1]] = other
+    return wide
