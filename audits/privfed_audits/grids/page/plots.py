@@ -283,7 +283,7 @@ def front_plot(found: Results, style: Style, against: str) -> Plot | None:
     if against == "bytes":
         figure.update_xaxes(type="log", title="sent by a client in the whole run", **_sizes(shown))
     else:
-        figure.update_xaxes(title="epsilon found by attack", rangemode="tozero")
+        figure.update_xaxes(title="epsilon found by attack", range=[-0.3, _ceiling_of(found, style)])
     figure.update_yaxes(title=style.score_title)
     names = "; ".join(each.name for each in found.front)
     return Plot(
