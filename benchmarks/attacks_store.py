@@ -92,7 +92,7 @@ def table(cells: Iterable[Cell], shown: Sequence[str] = ("token_recall", "token_
             key = {name: value for name, value in _key(cell, each, 0).items() if name != "batch"}
             mine = [row for row in rows if all(row.get(name) == value for name, value in key.items())]
             if mine:
-                parts = [_mean([row[name] for row in mine]) for name in shown]
+                parts = [mean_text([row[name] for row in mine]) for name in shown]
                 seconds = np.mean([row["cpu_seconds"] for row in mine])
                 lines.append(f"| {cell.name} | {each.name} | {len(mine)} | {' | '.join(parts)} | {seconds:.1f} |")
     return "\n".join(lines)
@@ -135,7 +135,7 @@ def _scored(victims: Victims, each: Try, played: Any) -> dict[str, Any]:
     return {**{name: round(scores[name], 4) for name in SHOWN}, **facts, "cpu_seconds": seconds}
 
 
-def _mean(values: Sequence[float], draws: int = 2000) -> str:
+def mean_text(values: Sequence[float], draws: int = 2000) -> str:
     """Return the mean with its 95 % bootstrap interval."""
     given = np.asarray(values)
     sample = given[np.random.default_rng(0).integers(0, len(given), (draws, len(given)))].mean(axis=1)

@@ -31,6 +31,7 @@ from privfed.cli import main as command_line
 from privfed.combinations import Matrix
 from privfed.combinations.text import markdown, markdown_refused
 from privfed.table import Table
+from privfed_audits.listing import attacks
 
 FOLDER = Path(__file__).parent
 PART = re.compile(r"(<!-- generated: (?P<what>\w+) (?P<name>[\w. ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -66,7 +67,7 @@ def render(what: str, name: str) -> str:
     if what == "table":
         return table(name)
     if what == "list":
-        entries = catalogue(name)[name]
+        entries = attacks() if name == "attacks" else catalogue(name)[name]
         return "".join(f"- `{entry}`: {plain(text)}\n" for entry, text in entries.items())
     if what == "combinations":
         return combinations(name)

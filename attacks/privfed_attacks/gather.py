@@ -18,8 +18,10 @@ from torch import nn
 
 from privfed.errors import ConfigError
 from privfed.models.examples import Batch, Examples, losses, microbatches
+from privfed.models.language import IGNORED
 from privfed.privacy.per_example import PerExampleModel
 from privfed_attacks.membership import Evidence
+from privfed_attacks.membership.signals import token_statistics
 from privfed_attacks.observation import Observation
 from privfed_attacks.public_model import PublicModel, write_tensors
 from privfed_attacks.shadows import precise_losses
@@ -109,6 +111,38 @@ def example_losses(module: nn.Module, examples: Examples, size: int = 64) -> NDA
         for rows in microbatches(examples, np.arange(len(examples)), size):
             found[rows] = _losses(module, examples, examples.batch(rows)).double().cpu().numpy()
     return found
+
+
+def token_evidence(module: nn.Module, examples: Examples, size: int = 4) -> Evidence:
+    """Return what a language model says of each learned token of texts; nothing of other examples.
+
+    Args:
+        module: The model.
+        examples: Of the attacker.
+        size: Examples a pass; each holds the logits of its whole vocabulary.
+    """
+    logits = getattr(examples, "logits", None)
+    if logits is None:
+        return Evidence()
+    found: list[tuple[NDArray[np.float64], ...]] = [()] * len(examples)
+    module.eval()
+    with torch.no_grad():
+        for rows in microbatches(examples, np.arange(len(examples)), size):
+            batch = examples.batch(rows)
+            if batch.targets_BT is None:
+                return Evidence()
+            logits_BTV, targets_BT = logits(module, batch).double().cpu().numpy(), batch.targets_BT.numpy()
+            for place, row in enumerate(rows):
+                targets = targets_BT[place]
+                learned = targets != IGNORED
+                found[row] = token_statistics(logits_BTV[place][learned], targets[learned])
+    lengths = [len(each[0]) for each in found]
+    if not lengths or not min(lengths):
+        return Evidence()  # a text without a learned token has no score
+    filled = np.full((3, len(found), max(lengths)), np.nan)
+    for row, each in enumerate(found):
+        filled[:, row, : lengths[row]] = each
+    return Evidence(token_logprobs_QT=filled[0], token_means_QT=filled[1], token_deviations_QT=filled[2])
 
 
 def query_gradients(module: nn.Module, examples: Examples, names: Sequence[str], size: int = 16) -> NDArray[np.float64]:

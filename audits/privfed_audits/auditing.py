@@ -34,6 +34,8 @@ from privfed_attacks.membership import MEMBERSHIP
 from privfed_attacks.sealed import Sealed
 from privfed_audits.canaries import Scene, attacks_of, canary_scene, views_of
 from privfed_audits.claims import Claim, claim_of, curve_points
+from privfed_audits.gallery_page import FILE as PAGE
+from privfed_audits.gallery_page import write_gallery
 from privfed_audits.membership import NOT_RANDOMISED, untossed, untossed_scene
 from privfed_audits.verdict import verdict
 
@@ -56,6 +58,8 @@ def audit(
     as_if_secret: bool = False,
 ) -> dict[str, Any]:
     """Attack a finished run; write ``audit/audit.json`` into its folder and what was proved into its receipt.
+
+    Texts that were found are also beside their originals in ``audit/gallery.html``.
 
     The bounds of all views hold together with 95% confidence.
 
@@ -94,12 +98,15 @@ def audit(
         )
     (folder / FOLDER).mkdir(exist_ok=True)
     write_atomic(folder / FOLDER / FILE, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
+    if found["reconstruction"]:
+        write_gallery(folder.resolve().name, found["reconstruction"], folder / FOLDER / PAGE)
     proved = {name: entry for name, entry in found["views"].items() if entry["empirical_epsilon"] is not None}
     if proved:
         entries = {name: {key: entry[key] for key in _ON_RECEIPT} for name, entry in proved.items()}
         write_receipt(folder / "receipt.json", with_audit(receipt, entries))
         if "signature" in receipt:
             say("The receipt has changed and is no longer signed: sign it again with `privfed report --sign`.")
+    if proved or found["reconstruction"]:
         write_report(folder)
     return found
 

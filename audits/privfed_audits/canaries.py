@@ -33,7 +33,7 @@ from privfed.federation.transcript import Transcript
 from privfed.rng import PrivateStream
 from privfed.tuning.layout import layout_of, read_flat, write_flat
 from privfed.types import Float32, Shard, View
-from privfed_attacks.gather import example_losses, query_gradients
+from privfed_attacks.gather import example_losses, query_gradients, token_evidence
 from privfed_attacks.membership import MEMBERSHIP, Evidence
 from privfed_attacks.membership.gradient_dot import unit
 from privfed_attacks.observation import Observation, Role, ThreatModel
@@ -303,17 +303,29 @@ def _dots(scene: Scene, seen: Observation, rows: NDArray[np.int64]) -> Floats:
 
 
 def _losses(scene: Scene) -> dict[str, Floats]:
-    """Return the attacks that read losses of the released model, on the queries."""
-    return {name: MEMBERSHIP.get(name).score(loss_evidence(scene)) for name in ("loss", "population")}
+    """Return what every attack says of the queries for which the released model alone is evidence enough."""
+    module, queries, population = released(scene)
+    evidence = replace(asked(module, queries), population_losses_Z=example_losses(module, population))
+    return {name: MEMBERSHIP.get(name).score(evidence) for name in sufficient(evidence)}
 
 
-def loss_evidence(scene: Scene) -> Evidence:
-    """Return the losses of queries and population on the released model: test records, which no client trained on."""
+def released(scene: Scene) -> tuple[nn.Module, Any, Any]:
+    """Return (the released model, the queries, the population): test records, which no client trained on."""
     module, queries, population = scene.few_parts()
     state = scene.final()
     write_flat(module, state.params_D)
     write_named(module, state.carried)
-    return Evidence(losses_Q=example_losses(module, queries), population_losses_Z=example_losses(module, population))
+    return module, queries, population
+
+
+def asked(module: nn.Module, queries: Any) -> Evidence:
+    """Return what a model says of queries: losses, and of a language model the probabilities of their tokens."""
+    return replace(token_evidence(module, queries), losses_Q=example_losses(module, queries))
+
+
+def sufficient(evidence: Evidence) -> tuple[str, ...]:
+    """Return the attacks that need no more than this evidence."""
+    return tuple(name for name, attack in MEMBERSHIP.items() if not attack.missing(evidence))
 
 
 def _taken(split: Any, rows: NDArray[np.int64]) -> Any:

@@ -16,7 +16,7 @@ EXAMPLES = 12
 def gallery(
     folder: Path, attacks: Sequence[str], *, view: View, clients: int, shared: SharedWork = NOTHING
 ) -> dict[str, Any]:
-    """Return the best attack of a view with its scores, the baseline's, and examples from best to median.
+    """Return the best attack of a view with its scores, the baseline's, and examples: the worst leaks and the median.
 
     Args:
         folder: The run folder.
@@ -53,9 +53,10 @@ def _mean(rows: Sequence[Any], name: str, key: str) -> float:
 
 
 def _spread(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the best ones and some around the median."""
+    """Return the worst leaks, which come first, and some around the median, each with its ``place``."""
     half = EXAMPLES // 2
-    if len(examples) <= EXAMPLES:
-        return examples
-    middle = len(examples) // 2
-    return examples[:half] + examples[max(half, middle - half // 2) :][: EXAMPLES - half]
+    worst = min(half, max(1, len(examples) // 2))
+    start = max(worst, len(examples) // 2 - half // 2)
+    chosen = [("worst", each) for each in examples[:worst]]
+    chosen += [("median", each) for each in examples[start : start + half]]
+    return [{"place": place, **each} for place, each in chosen]

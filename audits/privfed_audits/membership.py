@@ -14,9 +14,10 @@ from privfed.config import RunConfig
 from privfed.federation.material import gather
 from privfed.federation.shared import NOTHING, SharedWork
 from privfed.federation.transcript import Transcript
+from privfed_attacks.gather import example_losses
 from privfed_attacks.membership import MEMBERSHIP, Evidence
 from privfed_attacks.roc import roc
-from privfed_audits.canaries import Scene, loss_evidence
+from privfed_audits.canaries import Part, Scene, asked, released, sufficient
 from privfed_audits.claims import Claim
 from privfed_audits.verdict import curve
 
@@ -26,7 +27,6 @@ NOT_RANDOMISED = (
 )
 MOST = 2000
 _LEAST = 8
-ATTACKS = ("loss", "population")
 
 
 def untossed_scene(
@@ -53,7 +53,7 @@ def untossed(scene: Scene, claim: Claim, attacks: Sequence[str] | None) -> dict[
         claim: What is promised.
         attacks: Names to keep to, or None.
     """
-    scores, bits_N = _scores(loss_evidence(scene), attacks)
+    scores, bits_N = _scores(scene, attacks)
     areas = {name: roc(values, bits_N).auc for name, values in scores.items()}
     best = max(areas, key=lambda name: areas[name])
     return {
@@ -73,12 +73,35 @@ def untossed(scene: Scene, claim: Claim, attacks: Sequence[str] | None) -> dict[
     }
 
 
-def _scores(evidence: Evidence, attacks: Sequence[str] | None) -> tuple[Mapping[str, Floats], NDArray[np.bool_]]:
+def _scores(scene: Scene, attacks: Sequence[str] | None) -> tuple[Mapping[str, Floats], NDArray[np.bool_]]:
     """Return scores by attack of members and non-members, and which are which."""
-    inside, outside = evidence.losses_Q, evidence.population_losses_Z
-    if inside is None or outside is None:
-        raise ValueError("the evidence has no losses")
-    asked = replace(evidence, losses_Q=np.concatenate([inside, outside[1::2]]), population_losses_Z=outside[::2])
-    names = [name for name in ATTACKS if attacks is None or name in attacks] or list(ATTACKS)
-    bits = np.arange(len(inside) + len(outside[1::2])) < len(inside)
-    return {name: MEMBERSHIP.get(name).score(asked) for name in names}, bits
+    module, members, others = released(scene)
+    rows = np.arange(len(others))
+    evidence = _joined(asked(module, members), asked(module, Part(others, rows[1::2])))
+    evidence = replace(evidence, population_losses_Z=example_losses(module, Part(others, rows[::2])))
+    possible = sufficient(evidence)
+    names = [name for name in possible if attacks is None or name in attacks] or list(possible)
+    bits = np.arange(len(members) + len(rows[1::2])) < len(members)
+    return {name: MEMBERSHIP.get(name).score(evidence) for name in names}, bits
+
+
+def _joined(one: Evidence, other: Evidence) -> Evidence:
+    """Return the evidence on two sets of queries as that on one."""
+    return Evidence(
+        losses_Q=_stacked(one.losses_Q, other.losses_Q),
+        token_logprobs_QT=_stacked(one.token_logprobs_QT, other.token_logprobs_QT),
+        token_means_QT=_stacked(one.token_means_QT, other.token_means_QT),
+        token_deviations_QT=_stacked(one.token_deviations_QT, other.token_deviations_QT),
+    )
+
+
+def _stacked(one: Floats | None, other: Floats | None) -> Floats | None:
+    """Return rows below each other, shorter ones filled up with NaN, which stands for no token; None without both."""
+    if one is None or other is None:
+        return None
+    if one.ndim == 1:
+        return np.concatenate([one, other])
+    wide = np.full((len(one) + len(other), max(one.shape[1], other.shape[1])), np.nan)
+    wide[: len(one), : one.shape[1]] = one
+    wide[len(one) :, : other.shape[1]] = other
+    return wide

@@ -304,7 +304,7 @@ def ledger(path: Path, verify: bool, delta: float | None, set_cap: float | None,
 @click.option("--refused", is_flag=True, help="Of combinations: say why, and what is nearest that runs.")
 @json_option
 def ls(kind: str | None, only: tuple[str, ...], refused: bool, as_json: bool) -> None:
-    """List tunings, codecs, mechanisms, models, data, partitioners or presets; or which combinations of them run.
+    """List tunings, codecs, mechanisms, models, data, attacks or presets; or which combinations of them run.
 
     The axes of `privfed ls combinations` are tuning, codec, privacy, rule and secagg.
     """
@@ -322,7 +322,11 @@ def ls(kind: str | None, only: tuple[str, ...], refused: bool, as_json: bool) ->
             raise click.UsageError("--only and --refused belong to `privfed ls combinations`.")
         from privfed.catalogue import catalogue, lines
 
-        found = catalogue(kind)
+        found = {} if kind == "attacks" else catalogue(kind)
+        if kind in (None, "attacks"):
+            from privfed_audits.listing import attacks
+
+            found = {**found, "attacks": attacks()}
         _say(as_json, *lines(found))
         return found
 

@@ -194,6 +194,23 @@ def test_rows_of_noise_are_explained_by_nothing(play: Play) -> None:
         assert explain(noise, entries).pairs == ()
 
 
+def test_a_word_that_only_corrects_positions_is_not_needed(play: Play) -> None:
+    """Right words at wrong places, and a word of which only what it says of places is used: it alone is dropped."""
+    from privfed_attacks.text.pursuit import Limits, _Search
+
+    for number in range(5):
+        rows, entries, truth = drawn(play, number, count=4, rows=8, noise=1.0)
+        words = [word for word, _ in sorted(truth)]
+        extra = next(word for word in range(5, 100) if word not in words)
+        search = _Search(rows, entries, Limits())
+        wrong = [(word, (place + 1) % 8) for word, place in sorted(truth)]
+        search._add([*wrong, (extra, 0), (extra, 5)])
+        assert search._needed_words() == set(words)
+        without = _Search(rows, entries, Limits())
+        without._add([*wrong[1:], (extra, 0), (extra, 5)])
+        assert without._needed_words() >= set(words[1:])  # with a word missing none of the right ones goes
+
+
 def test_noise_leaves_the_span_attack_nothing(play: Play) -> None:
     played = play({"name": "full"}, noise=0.05)
     _, scores = attacked("span", played, order=False)

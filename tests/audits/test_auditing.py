@@ -219,6 +219,21 @@ def test_without_canaries_nothing_is_bounded(tiny_config, tmp_path):
     assert len(fpr) == len(tpr)
 
 
+def test_a_language_model_is_asked_about_its_tokens_too(tiny_config, tiny_gpt2, tmp_path):
+    config = tiny_config(
+        model={"name": str(tiny_gpt2), "task": "causal_lm", "max_length": 16},
+        privacy={"unit": "none"},
+        tuning={"name": "full"},
+        client={"batch_size": 8, "sampling_probability": None},
+    )
+    folder = train(config, out=tmp_path / "run").folder
+    entry = audit(folder)["views"]["release"]
+    assert {"loss", "population", "min_k"} <= set(entry["attacks"])
+    only = audit(folder, attacks=["min_k"])["views"]["release"]
+    assert set(only["attacks"]) == {"min_k"}
+    assert only["attacks"]["min_k"] == entry["attacks"]["min_k"]
+
+
 def test_what_cannot_be_audited_is_said(tiny_config, tmp_path):
     folder = train(canary_run(tiny_config, record=False, count=100), out=tmp_path / "run").folder
     with pytest.raises(ConfigError, match="it has release"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from privfed.errors import ConfigError
 from privfed_attacks.inversion import Reconstruction
 from privfed_attacks.scoring import Batch
 from privfed_attacks.sealed import Sealed
+from privfed_audits.gallery import EXAMPLES, _spread
+from privfed_audits.gallery_page import marked, render
 from privfed_audits.reconstruction import paired, reconstruct
 
 
@@ -57,6 +61,44 @@ def test_the_command_prints_one_object_and_writes_it(run: Path) -> None:
     assert rows["span"]["token_recall"] == entry["token_recall"]
     assert "train/000001.msgpack" in written["transcript"]
     assert "texts" not in rows["span"]
+    assert entry["examples"][0]["place"] == "worst"
+    shown = (run / "audit" / "gallery.html").read_text()
+    assert entry["examples"][0]["truth"] in unescape(shown)
+    assert "The worst leaks" in shown
+    report = (run / "report.html").read_text()
+    assert "What an audit read out of the updates" in report
+    assert all(example["truth"] not in unescape(report) for example in entry["examples"])
+
+
+def test_a_gallery_loads_nothing_and_what_is_in_it_is_text() -> None:
+    example = {"truth": "<b>Snow</b>, falls", "found": "falls <i>rain</i> Snow", "prior": "rain", "score": 0.5}
+    scores = dict.fromkeys(("token_recall", "token_precision", "rouge_l"), 0.5)
+    entry = {**scores, **{f"prior_{name}": 0.1 for name in scores}, "attack": "span"}
+    entry["examples"] = [{**example, "ordered": True, "place": place} for place in ("worst", "median")]
+    page = render("<s>run</s>", {"aggregate": entry})
+    for raw in ("<b>Snow", "<i>", "<s>"):
+        assert raw not in page
+    assert not re.search(r"(src|href)=.(?!data:)|https?://|@import|url\(", page)
+    assert page.count("<mark>falls</mark>") == 2
+    assert "Around the median" in page
+    assert page == render("<s>run</s>", {"aggregate": entry})
+
+
+def test_words_are_marked_without_their_case_and_punctuation() -> None:
+    assert marked("Snow, (falls) ... here", "snow falls: there ...") == [
+        ("Snow,", True), ("(falls)", True), ("...", False), ("here", False)
+    ]  # fmt: skip
+
+
+def test_a_gallery_shows_the_worst_leaks_and_the_median_once() -> None:
+    for count in (1, 2, 5, 12, 13, 40):
+        examples = [{"score": -float(number)} for number in range(count)]
+        chosen = _spread(examples)
+        scores = [each["score"] for each in chosen]
+        assert len(set(scores)) == len(scores) == min(count, EXAMPLES)
+        assert chosen[0] == {"place": "worst", "score": 0.0}
+        middle = [each["score"] for each in chosen if each["place"] == "median"]
+        assert count < 3 or min(middle) <= -(count // 2) <= max(middle)
 
 
 def test_what_cannot_be_audited(run: Path) -> None:

@@ -16,6 +16,11 @@ together: an entry stays at the position where it explains most, and is dropped 
 are no larger than noise makes them. In the limit of no noise that is exact while fewer entries are taken than the layer
 is wide.
 
+Positions are another matter. Before the normalisation an input is a word's vector plus a position's, so "a at 3 and b
+at 7" and "a at 7 and b at 3" explain nearly the same rows; a wrong choice leaves a rest, and words that are little more
+than their position (reserved entries that training never moved) explain it. So at the end each *word* has to be needed
+with all positions free: it is dropped if the other words and differences between positions explain the rows without it.
+
 Shape suffixes: k rows, d width, N words, S positions, M entries of a pool, s entries taken.
 """
 
@@ -35,6 +40,7 @@ from privfed_attacks.text.inputs import Site, dictionary, fingerprint, inputs
 Array = NDArray[np.float64]
 Pair = tuple[int, int]
 _DEPENDENT = 1e-3  # an entry with so little of its square outside of those taken says nothing of its own
+_INDEPENDENT = 1e-5
 _FULL = 0.8
 _EXACT = 1e-6  # the dictionary itself is in float32
 
@@ -220,14 +226,42 @@ class _Search:
             self.vectors_sd[number] = x[best]
 
     def judged(self) -> Explained:
-        """Drop the weakest entry until all are stronger than the noise, and return the others."""
-        kept = np.arange(len(self.pairs))
+        """Drop words that are not needed, then the weakest entry until all are stronger than the noise."""
+        needed = self._needed_words()
+        kept = np.array([i for i, (word, _) in enumerate(self.pairs) if word in needed], dtype=np.int64)
         while True:
             evidence_s, left = _evidence(self.rows_kd, self.vectors_sd[kept])
             if not len(kept) or evidence_s.min() >= self.limits.evidence:
                 pairs = tuple(self.pairs[i] for i in kept)
                 return Explained(pairs=pairs, evidence_s=evidence_s, left=left, usual=self.usual)
             kept = np.delete(kept, int(np.argmin(evidence_s)))
+
+    def _needed_words(self) -> set[int]:
+        """Return the words without which the rows are not explained, wherever the others stand."""
+        words = list(dict.fromkeys(word for word, _ in self.pairs))
+        free_pd = self._position_changes(set(words))
+        if len(words) + len(free_pd) >= self.most:
+            return set(words)  # too little is left of the width to tell by
+        anywhere = dict(reversed(self.pairs))
+        x_wd = self.entries.vectors([(word, anywhere[word]) for word in words]) if words else self.vectors_sd
+        while words:
+            evidence = _evidence(self.rows_kd, np.concatenate([x_wd, free_pd]))[0][: len(words)]
+            weakest = int(np.argmin(evidence))
+            if evidence[weakest] >= self.limits.evidence:
+                break
+            words.pop(weakest)
+            x_wd = np.delete(x_wd, weakest, axis=0)
+        return set(words)
+
+    def _position_changes(self, taken: set[int]) -> Array:
+        """Return a basis of what a change of position does to an input [p, d]: that of two words not taken."""
+        if self.entries.positions == 1:
+            return self.vectors_sd[:0]
+        others = [int(word) for word in self.entries.words if int(word) not in taken][:2]
+        x = self.entries.vectors([(word, place) for word in others for place in range(self.entries.positions)])
+        _, values, right = np.linalg.svd(x, full_matrices=False)
+        found: Array = right[values > _INDEPENDENT * values[0]]
+        return found
 
     def _of_pool(self, rest_kd: Array, pool_Md: Array, taken_ds: Array, usual: float) -> list[int]:
         """Return which entries of a pool to take, in order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,6 +126,24 @@ class Finish(_Line):
     adapter_sha256: str | None = None
 
 
+class Inverted(_Line):
+    """What an audit read out of the updates that one view shows, beside guesses that saw no update."""
+
+    attack: str
+    token_recall: float
+    token_precision: float
+    rouge_l: float
+    prior_token_recall: float
+    prior_token_precision: float
+    prior_rouge_l: float
+
+
+class Audit(_Line):
+    """The part of ``audit/audit.json`` that a report shows."""
+
+    reconstruction: dict[str, Inverted] = {}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
     """The lines of ``metrics.jsonl``; where a resumed run wrote a round twice, the later line counts."""
@@ -147,6 +165,7 @@ class RunView:
     receipt: dict[str, Any] | None
     partition: Partition | None
     metrics: Metrics
+    inverted: dict[str, Inverted] = field(default_factory=dict)
 
     @property
     def table(self) -> dict[str, Any]:
@@ -202,6 +221,7 @@ def load_run(folder: Path) -> RunView:
         receipt=read_receipt(receipt_path) if receipt_path.exists() else None,
         partition=_load_partition(folder / "partition.json"),
         metrics=load_metrics(folder / "metrics.jsonl"),
+        inverted=_load_audit(folder / "audit" / "audit.json").reconstruction,
     )
 
 
@@ -210,6 +230,16 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as text: {error}.") from error
+
+
+def _load_audit(path: Path) -> Audit:
+    if not path.exists():
+        return Audit()
+    try:
+        values = json.loads(_read(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}.") from error
+    return _parse(Audit, values, str(path))
 
 
 def _load_partition(path: Path) -> Partition | None:

@@ -67,6 +67,8 @@ def page(view: RunView) -> dict[str, Any]:
         "promise": _promise(view),
         "guarantees": guarantees(receipt) if receipt else (),
         "audited": any(v.get("empirical_epsilon") is not None for v in _views(receipt)),
+        "inverted": [(VIEW_NAMES[name], found) for name, found in view.inverted.items()],
+        "share": text.percent_text,
         "against": text.AGAINST,
         "costs": measures.costs(view),
         "lost": measures.lost(view),

@@ -10,11 +10,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from privfed.files import write_atomic
 from privfed.types import VIEWS
+from privfed_audits.gallery_page import beside_style, environment
 from privfed_audits.grids.grid import AXES
 from privfed_audits.grids.page.plots import Plot, plots
 from privfed_audits.grids.page.style import VIEW_NAMES, Style, style_of
@@ -66,18 +66,11 @@ def render(found: Results, made: Mapping[str, Table]) -> str:
     style = style_of(found)
     shown = plots(found, style)
     folder = files("privfed_audits.grids.page") / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader({"curves.html.j2": (folder / "curves.html.j2").read_text(encoding="utf-8")}),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    templates = environment({"curves.html.j2": (folder / "curves.html.j2").read_text(encoding="utf-8")})
     report = (files("privfed.report") / "templates" / "report.css").read_text(encoding="utf-8")
     # the style, the script and plotly are ours or shipped; figures are JSON without markup; the rest is escaped
-    return environment.get_template("curves.html.j2").render(
-        style=Markup(report + (folder / "curves.css").read_text(encoding="utf-8")),
+    return templates.get_template("curves.html.j2").render(
+        style=Markup(report + beside_style() + (folder / "curves.css").read_text(encoding="utf-8")),
         script=Markup((folder / "curves.js").read_text(encoding="utf-8")),
         plotly=Markup(plotly.offline.get_plotlyjs()),
         figures=Markup(_figures(shown)),
