@@ -128,6 +128,10 @@ def _hex(text: Any) -> bytes:
 def _private(path: Path) -> Ed25519PrivateKey:
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no key {path}: make one with --new-key, or name the file that holds yours."
+        ) from None
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{path} is not a private key without a password ({error}): make one with --new-key."
@@ -143,6 +147,8 @@ def _public(path: Path) -> bytes:
         if b"PRIVATE" in data:
             return _private(path).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
         key = load_pem_public_key(data)
+    except FileNotFoundError:
+        raise ConfigError(f"There is no key {path}: pass the .pub file that the signer gave you.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a public key in PEM format: {error}.") from error
     if not isinstance(key, Ed25519PublicKey):

@@ -187,3 +187,15 @@ def test_the_commands(run, tmp_path):
     bare = CliRunner().invoke(main, ["report", str(folder), "--verify"])
     assert bare.exit_code == 1
     assert "is not signed" in bare.stdout
+
+
+def test_a_key_that_is_not_there_is_said_to_be_missing(run, tmp_path):
+    folder, _ = run
+    receipt = read_receipt(folder / "receipt.json")
+    with pytest.raises(ConfigError, match=r"There is no key .*none\.pem: make one with --new-key"):
+        signed(receipt, tmp_path / "none.pem")
+    with pytest.raises(ConfigError, match=r"There is no key .*none\.pub: pass the \.pub file"):
+        verify(folder, key=tmp_path / "none.pub")
+    (tmp_path / "text.pem").write_text("no key")
+    with pytest.raises(ConfigError, match="is not a private key"):
+        signed(receipt, tmp_path / "text.pem")
