@@ -90,6 +90,8 @@ class GridChannel:
     def _take_greetings(self) -> None:
         for ticket, raw in self.poll(list(self._greeted)):
             node, ask, _ = self._greeted.pop(ticket)
+            if not raw:  # Flower has said why; it is asked again
+                continue
             try:
                 site = Reply.from_bytes(raw, ask, self._roster.site_identities).site
             except PrivfedError as error:
