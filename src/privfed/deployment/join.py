@@ -71,11 +71,12 @@ def join(site: SiteConfig, say: Say) -> dict[str, Any]:
             node = _supernode(site, port, say)
             try:
                 tasks = NodeTasks(f"127.0.0.1:{port}", opened.handle, site.accept.bundles, _Told(say))
-                tasks.serve(lambda: going() and node.running)  # noqa: B023  (called within the loop's body)
+                reason = tasks.serve(lambda: going() and node.running)  # noqa: B023  (called within the loop's body)
             finally:
                 node.stop()
-            if going():  # such as one that a new SuperLink did not know
-                say(f"The SuperNode ended; starting it again in {AGAIN_SECONDS:g} s. Its log is {node.log}.")
+            if going():  # or it ended by itself, such as one that a new SuperLink did not know
+                why = reason or f"it ended, and its log is {node.log}"
+                say(f"Starting the SuperNode again in {AGAIN_SECONDS:g} s: {why}.")
                 time.sleep(AGAIN_SECONDS)
     say("Stopped.")
     return {"stopped": True}

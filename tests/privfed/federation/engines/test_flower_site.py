@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,25 @@ def test_an_app_bundle_that_is_not_on_the_list_gets_no_answer() -> None:
         assert asked == ([b"ask"] if answered else [])
         if not answered:
             assert f"The app bundle {pinned} is not on this site's list" in reply.error.reason
+
+
+def test_a_message_whose_rest_never_comes_is_given_up() -> None:
+    """A SuperNode whose SuperLink died hands out a task whose message it will never have: a site must not wait."""
+    from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
+
+    from privfed.federation.engines.flower.node import impatient
+
+    there = iter([True, False, True, False, False])
+
+    def pull(_request: PullObjectRequest) -> PullObjectResponse:
+        time.sleep(0.15)
+        return PullObjectResponse(object_found=True, object_available=next(there))
+
+    patiently = impatient(pull, 0.25)
+    for _ in range(4):  # each time that something has come the waiting begins anew
+        patiently(PullObjectRequest())
+    with pytest.raises(TimeoutError, match="has not come"):
+        patiently(PullObjectRequest())
 
 
 @pytest.mark.slow

@@ -277,6 +277,9 @@ class Fleet:
 
     def _read(self, site: str, ask: bytes, raw: bytes) -> Reply | None:
         """Return a reply, or None where it is not authentic or the channel says that the site could not answer."""
+        if not raw:
+            self._lose(site, "Flower could not bring its reply")
+            return None
         try:
             reply = Reply.from_bytes(raw, ask, self.sites.site_identities)
         except PrivfedError as error:

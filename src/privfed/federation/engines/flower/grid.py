@@ -20,7 +20,8 @@ from privfed.federation.sites import Sites
 
 MESSAGE_TYPE = "train.privfed"
 PAUSE = 0.25
-HELLO_SECONDS = 30.0
+HELLO_SECONDS = 300.0  # a reply that comes later is dropped by Flower, however busy the node was
+AGAIN_SECONDS = 30.0
 
 
 class GridChannel:
@@ -44,7 +45,7 @@ class GridChannel:
         self._take_greetings()
         now = time.monotonic()
         self._greeted = {key: each for key, each in self._greeted.items() if each[2] > now}
-        waiting = {node for node, _, _ in self._greeted.values()}
+        waiting = {node for node, _, until in self._greeted.values() if until - HELLO_SECONDS + AGAIN_SECONDS > now}
         for node in sorted(online - self._site_of.keys() - waiting):
             ask = Ask(kind="hello", run_id="", body={"nonce": secrets.token_bytes(16)}).to_bytes()
             for sent in self._push([(node, ask)], HELLO_SECONDS):
@@ -90,6 +91,8 @@ class GridChannel:
     def _take_greetings(self) -> None:
         for ticket, raw in self.poll(list(self._greeted)):
             node, ask, _ = self._greeted.pop(ticket)
+            if not raw:  # Flower has said why; it is asked again
+                continue
             try:
                 site = Reply.from_bytes(raw, ask, self._roster.site_identities).site
             except PrivfedError as error:
