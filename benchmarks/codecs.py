@@ -89,7 +89,7 @@ RATES = {
     "lora": (2e-3, 1e-2),
     "lora, long": (2e-3, 1e-2),
     "lora, all layers": (2e-3, 1e-2),
-    "lora, all blocks": (2e-3, 1e-2),
+    "lora, all blocks": (5e-3, 1e-2),
     "lora, everywhere": (1e-3, 1e-2),
     "mask": (0.1, 1e-2),
     "head": (2e-2, 2e-2),
