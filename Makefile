@@ -89,6 +89,7 @@ lint: setup
 
 docs-check: setup
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/links.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
 check: lint docs-check test

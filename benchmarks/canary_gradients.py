@@ -20,7 +20,7 @@ from typing import Any
 
 from privfed.config import parse_config
 from privfed.run import train
-from privfed_audits.audit import audit
+from privfed_audits.auditing import audit
 
 STORE = Path(__file__).with_name("canary_gradients.jsonl")
 WANTED = 0.7

@@ -36,6 +36,8 @@ LORA_VALUES = {
     "lora": 12_288,
     "lora, long": 12_288,
     "lora, all layers": 55_296,
+    "lora, all blocks": 73_728,
+    "lora, everywhere": 331_776,
     "mask": 6_144,
     "full": 22_713_216,
 }
@@ -52,8 +54,26 @@ COMMON = [
     "server.momentum=0.0",
     "server.evaluate_every=1000",
 ]
-ROUNDS = {"full": 10, "lora": 10, "lora, long": 30, "lora, all layers": 10, "mask": 30, "head": 30}
-STEPS = {"full": 8, "lora": 8, "lora, long": 8, "lora, all layers": 8, "mask": 8, "head": 16}
+ROUNDS = {
+    "full": 10,
+    "lora": 10,
+    "lora, long": 30,
+    "lora, all layers": 10,
+    "lora, all blocks": 10,
+    "lora, everywhere": 10,
+    "mask": 30,
+    "head": 30,
+}
+STEPS = {
+    "full": 8,
+    "lora": 8,
+    "lora, long": 8,
+    "lora, all layers": 8,
+    "lora, all blocks": 8,
+    "lora, everywhere": 8,
+    "mask": 8,
+    "head": 16,
+}
 PLAIN = [
     *COMMON,
     "partition.clients=5",
@@ -69,6 +89,8 @@ RATES = {
     "lora": (2e-3, 1e-2),
     "lora, long": (2e-3, 1e-2),
     "lora, all layers": (2e-3, 1e-2),
+    "lora, all blocks": (2e-3, 1e-2),
+    "lora, everywhere": (1e-3, 1e-2),
     "mask": (0.1, 1e-2),
     "head": (2e-2, 2e-2),
 }
@@ -78,6 +100,12 @@ TUNINGS = {
     "lora": [*LORA, 'tuning.target_modules=["query", "value"]'],
     "lora, long": [*LORA, 'tuning.target_modules=["query", "value"]'],
     "lora, all layers": [*LORA, 'tuning.target_modules=["query", "key", "value", "dense"]'],
+    "lora, everywhere": [
+        "tuning.name=lora",
+        "tuning.r=8",
+        'tuning.target_modules=["query", "key", "value", "dense"]',
+    ],
+    "lora, all blocks": ["tuning.name=lora", "tuning.r=8", 'tuning.target_modules=["query", "value"]'],
     "mask": [
         "tuning.name=bernoulli_mask",
         "tuning.r=8",
@@ -152,6 +180,8 @@ FEW = {
     "full": ("identity",),
     "lora, long": ("stochastic_quantizer 8 bit", "stochastic_quantizer 4 bit"),
     "lora, all layers": ("stochastic_quantizer 8 bit", "stochastic_quantizer 4 bit", "identity"),
+    "lora, everywhere": ("sign, feedback",),
+    "lora, all blocks": ("sign, feedback", "stochastic_quantizer 4 bit"),
     "lora": (
         "identity",
         "stochastic_quantizer 8 bit",

@@ -23,8 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from privfed_audits.curves.cells import Cell, cells, distinct
-from privfed_audits.curves.grid import Grid, load_grid
+from privfed_audits.grids.cells import Cell, cells, distinct
+from privfed_audits.grids.grid import Grid, load_grid
 
 MOST = 0.6
 ENVIRONMENT = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}

@@ -8,6 +8,7 @@
 # PRIVFED (the command), PYTHON, PORT, SITES, PRESET and DEADLINE_S can be set in the environment.
 set -euo pipefail
 folder=${1:-runs/flower-demo}; shift || true
+here=$(cd "$(dirname "$0")" && pwd)
 privfed=${PRIVFED:-.venv/bin/privfed}; python=${PYTHON:-.venv/bin/python}
 port=${PORT:-9092}; sites=${SITES:-4}; preset=${PRESET:-demo}; deadline=${DEADLINE_S:-600}
 privfed=$(realpath -s "$privfed"); python=$(realpath -s "$python")
@@ -50,6 +51,7 @@ wait "$server"
 stop; running=()
 "$privfed" train run.toml -o in-process
 
+"$python" "$here/flower_lab.py" flower
 "$python" - <<'EOF'
 import json
 from pathlib import Path
@@ -66,16 +68,6 @@ def read(folder, kind):
 one, two = (load_file(Path(f, "checkpoint", "state.safetensors"))["params"] for f in ("flower", "in-process"))
 score = [read(f, "eval")[-1][read(f, "eval")[-1]["metric"]] for f in ("flower", "in-process")]
 print(f"\ntest score over Flower {score[0]:.4f}, in one process {score[1]:.4f}; same bits: {np.array_equal(one, two)}")
-print("| phase | rounds | s a round | train stage | agree | unmask | sites busy, slowest | training, all | masking, all |")
-print("|---|---|---|---|---|---|---|---|---|")
-for phase in dict.fromkeys(r["phase"] for r in read("flower", "round")):
-    rounds = [r["seconds"] for r in read("flower", "round") if r["phase"] == phase][1:]  # the first opens the session
-    def mean(*names):
-        return np.mean([sum(r.get(n, 0.0) for n in names) for r in rounds])
-    stages = ("train", "agree", "unmask")
-    busy = mean(*(f"busy_{s}" for s in stages))
-    cells = [mean("total"), *(mean(f"stage_{s}") for s in stages), busy, mean("train"), mean("mask")]
-    print(f"| {phase} | {len(rounds)} | " + " | ".join(f"{c:.2f}" for c in cells) + " |")
 for site in sorted(Path(".").glob("site-?/ledger.sqlite")):
     print(f"{site}: {site.stat().st_size} bytes")
 EOF

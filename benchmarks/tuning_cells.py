@@ -106,6 +106,7 @@ COMMON = [
     "server.momentum=0.0",
     "server.evaluate_clients=10",
 ]
+REMADE = ["server.optimizer=sgd", "server.learning_rate=1.0"]
 PLAIN = ["privacy.unit=none", "privacy.target_epsilon=unset", "secagg.name=none", "server.weighting=examples"]
 # one share of the noise from each client: the sum has about the noise that one trusted server would add
 DISTRIBUTED = ["privacy.placement=distributed", "server.weighting=uniform", "secagg.dropped=0.2"]
@@ -127,6 +128,8 @@ class Way:
         short: For a model of which only some blocks are tuned: how the tuning is told so. ``targets``: by name and
             number of block; ``names``: by the patterns below; ``all``: it cannot be told and takes all blocks.
         meter: Whether the meter of averaged factors runs along (not with distributed noise).
+        remade: Whether the rule makes the factors anew each round, so that no server optimiser can remember them: the
+            server takes the average as it is, and the rate is that of the clients' one step.
     """
 
     name: str
@@ -136,6 +139,7 @@ class Way:
     local: bool = False
     short: str = "targets"
     meter: bool = False
+    remade: bool = False
 
 
 WAYS = {
@@ -157,11 +161,18 @@ WAYS = {
     "ln_tuning": Way(name="ln_tuning", family="vectors", short="names"),
     "oft": Way(name="oft", family="low rank"),
     "boft": Way(name="boft", family="low rank"),
+    "loha": Way(name="loha", family="low rank"),
+    "lokr": Way(name="lokr", family="low rank"),
+    "fourierft": Way(name="fourierft", family="frequencies", options={"n_frequency": 500}),
+    "federa": Way(name="federa", family="low rank", meter=True),
+    "fedsvd, local noise": Way(name="ffa_lora", family="remade", rule="fedsvd", local=True, remade=True),
+    "frlora, local noise": Way(name="lora", family="remade", rule="frlora", local=True, remade=True),
+    "p_tuning": Way(name="p_tuning", family="prompts", options={"num_virtual_tokens": 8}, short="all"),
     "prefix_tuning": Way(name="prefix_tuning", family="prompts", options={"num_virtual_tokens": 8}, short="all"),
     "prompt_tuning": Way(name="prompt_tuning", family="prompts", options={"num_virtual_tokens": 8}, short="all"),
 }
 # Adam's on the server, by family and whether there is privacy: the best of three by data set on seed 0 (--search), with
-# the first tuning of the family; prompts were not searched. Private heads take the presets' own of the warm start
+# the first tuning of the family. Private heads take the presets' own of the warm start
 RATES: dict[str, dict[bool, dict[str, float]]] = {
     "sst2": {
         True: {"low rank": 3e-2, "vectors": 3e-2, "whole": 3e-3},
@@ -184,12 +195,18 @@ RATES: dict[str, dict[bool, dict[str, float]]] = {
         False: {"low rank": 3e-3, "vectors": 1e-3, "whole": 3e-4},
     },
 }
-PROMPT_RATE = 1e-2
+# of families that were not searched on each data set: prompts on none, the others on pneumonia
+ELSEWHERE = {"prompts": 1e-2, "frequencies": 1e-1, "remade": 3e-2}
 HEAD_RATES = {
     True: {"sst2": 0.05, "medquad": 0.3, "stackexchange": 0.05, "pneumonia": 0.1},
     False: {"sst2": 0.03, "medquad": 0.03, "stackexchange": 0.03, "pneumonia": 0.03},
 }
-SEARCHED = {"low rank": (3e-3, 1e-2, 3e-2), "vectors": (3e-3, 1e-2, 3e-2), "whole": (3e-4, 1e-3, 3e-3)}
+SEARCHED = {
+    "low rank": (3e-3, 1e-2, 3e-2),
+    "vectors": (3e-3, 1e-2, 3e-2),
+    "whole": (3e-4, 1e-3, 3e-3),
+    "frequencies": (1e-2, 1e-1, 1.0),
+}
 SEARCHED_HEADS = (0.01, 0.03, 0.1)
 MAIN = (None, 8.0)
 # parts of BERT's block {} for tunings that are told by name
@@ -226,7 +243,7 @@ def settings_of(label: str, data_name: str, epsilon: float | None, rate: float |
     rate = rate or (
         HEAD_RATES[private].get(data_name) if way.family == "head" else RATES[data_name][private].get(way.family)
     )
-    rate = rate or PROMPT_RATE  # and of a head where the task has none, which is refused
+    rate = rate or ELSEWHERE.get(way.family, 1e-2)  # a head where the task has none is refused whatever its rate
     if epsilon is None:
         privacy = [*PLAIN, *warm_rate(way, data_name)]
     else:
@@ -238,7 +255,8 @@ def settings_of(label: str, data_name: str, epsilon: float | None, rate: float |
         *data.settings,
         *tuning_settings(way, data),
         f"server.aggregation={way.rule}",
-        f"server.learning_rate={rate}",
+        *(REMADE if way.remade else []),
+        f"{'client' if way.remade else 'server'}.learning_rate={rate}",
         f"server.meter={json.dumps(metered)}",
         "server.evaluate_every=1000",
         *(head_alone(data) if way.name == "head" else []),

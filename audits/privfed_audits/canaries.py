@@ -19,13 +19,13 @@ from torch import nn
 from privfed.config import RunConfig
 from privfed.errors import ConfigError
 from privfed.federation import workbench
-from privfed.federation.canaries import Canaries, plant
+from privfed.federation.canaries import Canaries, expected
 from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.local import ExampleDp, LocalTrainer
-from privfed.federation.material import Material, gather
+from privfed.federation.material import Material
 from privfed.federation.pairs import write_named
 from privfed.federation.phases import TRAIN
-from privfed.federation.planted import GivenGradients
+from privfed.federation.planted import Given
 from privfed.federation.progress import Silent
 from privfed.federation.shared import NOTHING, SharedWork
 from privfed.federation.state import ServerState
@@ -121,7 +121,7 @@ def canary_scene(
     shared: SharedWork = NOTHING,
 ) -> Scene:
     """Return the scene of a run with canaries."""
-    material = plant(config, gather(config, shared))
+    material = expected(config, shared)
     if material.canaries is None:
         raise ConfigError("This run has no canaries.")
     rows = material.canaries.rows_M
@@ -174,7 +174,7 @@ def _direct(scene: Scene, view: View, say: Say) -> dict[str, Floats]:
     return found
 
 
-def _projected(seen: Sequence[Observation], given: GivenGradients, owners_M: Sequence[str]) -> tuple[Floats, Floats]:
+def _projected(seen: Sequence[Observation], given: Given, owners_M: Sequence[str]) -> tuple[Floats, Floats]:
     """Return (along_RM, spread_RM) with one row a round; a client's update is seen along its own canaries only."""
     numbers = sorted({each.round for each in seen})
     along_RM = np.full((len(numbers), len(given)), np.nan)

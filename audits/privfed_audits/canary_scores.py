@@ -14,20 +14,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.federation.planted import GivenGradients
+from privfed.federation.planted import Given, RandomDirections
 from privfed.types import ParamLayout
 
 Floats = NDArray[np.float64]
 _TINY = 1e-9
 
 
-def along(update_D: NDArray[np.floating[Any]], given: GivenGradients) -> Floats:
+def along(update_D: NDArray[np.floating[Any]], given: Given) -> Floats:
     """Return minus the update's component along each given gradient [M]: a step goes against the gradient."""
-    return np.asarray(-update_D[given.flat_M] * np.sign(given.values_M), dtype=np.float64)
+    return -given.components(update_D)
 
 
-def spread_of(update_D: NDArray[np.floating[Any]], given: GivenGradients, layout: ParamLayout) -> Floats:
-    """Return the spread of the update in each canary's tensor, where no canary is [M]: what its noise is like there."""
+def spread_of(update_D: NDArray[np.floating[Any]], given: Given, layout: ParamLayout) -> Floats:
+    """Return the spread of the update in each canary's tensor, where no canary is [M]: what its noise is like there.
+
+    Along a random direction it is that of all values alike.
+    """
+    if isinstance(given, RandomDirections):
+        return np.full(len(given), max(_deviation(update_D), _TINY))
     free = np.ones(layout.size, dtype=np.bool_)
     free[given.flat_M] = False
     ends = np.cumsum(layout.sizes)

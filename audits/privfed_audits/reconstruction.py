@@ -92,8 +92,9 @@ def reconstruct(
 def paired(guess: Reconstruction, truth: Sealed[Batch], tokenizer: Any) -> list[dict[str, Any]]:
     """Return each text with what was found of it, and the share of its tokens that is in that.
 
-    Guessed texts are matched to the texts that they share most tokens with, one each. An attack that finds tokens only
-    is shown as the text with a dot for every token that it missed; it does not know their order.
+    Guessed texts are matched to the texts that they share most tokens with, one each. Where the tokens that an attack
+    found say more of a text than any text that it put together, the text is shown with a dot for every token that it
+    missed, and ``ordered`` is false: of the order it knows nothing.
     """
     special = set(tokenizer.all_special_ids)
     texts = [[token for token in text if token not in special] for text in unseal(truth).texts]
@@ -104,7 +105,7 @@ def paired(guess: Reconstruction, truth: Sealed[Batch], tokenizer: Any) -> list[
     shared = np.array([[_share(bag, each) for each in said] for bag in map(Counter, texts)])
     rows, columns = linear_sum_assignment(-shared)
     match = dict(zip(rows.tolist(), columns.tolist(), strict=True))
-    return [
+    ordered = [
         {
             "truth": tokenizer.decode(text),
             "found": tokenizer.decode(guesses[match[i]]) if i in match else "",
@@ -113,6 +114,8 @@ def paired(guess: Reconstruction, truth: Sealed[Batch], tokenizer: Any) -> list[
         }
         for i, text in enumerate(texts)
     ]
+    bags = [_bag(text, guess.tokens, tokenizer) for text in texts]
+    return [max(pair, key=lambda each: each["score"]) for pair in zip(ordered, bags, strict=True)]
 
 
 def _bag(text: list[int], tokens: frozenset[int], tokenizer: Any) -> dict[str, Any]:

@@ -142,10 +142,10 @@ def _ring(phase: Mapping[str, Any]) -> str:
 
 def _lengths(config: RunConfig) -> dict[str, int]:
     """Return how many values are sent in each phase: what integer noise costs depends on it, so the model is loaded."""
-    from privfed.federation import material, workbench
+    from privfed.federation import canaries, material, workbench
 
     material.check_before_data(config)
-    return workbench.planned_lengths(config, material.gather(config))
+    return workbench.planned_lengths(config, canaries.expected(config))
 
 
 def _sizes(config: RunConfig, clients: int | None, shard_size: int | None) -> dict[str, int]:
@@ -153,9 +153,9 @@ def _sizes(config: RunConfig, clients: int | None, shard_size: int | None) -> di
     by_size = config.client.sampling_probability is None
     if count and (not by_size or shard_size or config.privacy.unit == "client"):
         return {f"client_{i}": shard_size or 1 for i in range(count)}
-    from privfed.federation.material import gather
+    from privfed.federation.canaries import expected
 
-    return {shard.client_id: len(shard) for shard in gather(config).shards}
+    return {shard.client_id: len(shard) for shard in expected(config).shards}
 
 
 def _record(config: RunConfig, epsilon: float, noise: float) -> dict[str, Any]:

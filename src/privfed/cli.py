@@ -189,8 +189,8 @@ def audit(folder: Path, attacks: str | None, view: View | None, clients: int, as
     """
 
     def body() -> dict[str, Any]:
-        from privfed_audits.audit import audit as run
-        from privfed_audits.audit import contradiction, lines
+        from privfed_audits.auditing import audit as run
+        from privfed_audits.auditing import contradiction, lines
 
         names = None if attacks is None else [name.strip() for name in attacks.split(",") if name.strip()]
         found = run(folder, attacks=names, view=view, clients=clients, say=_log)
@@ -221,8 +221,8 @@ def curves(
     """Train and audit a grid of runs; leaves a page, tables and figures. Presets: quick (minutes), paper (hours)."""
 
     def body() -> dict[str, Any]:
-        from privfed_audits.curves.command import curves as run
-        from privfed_audits.curves.command import lines
+        from privfed_audits.grids.command import curves as run
+        from privfed_audits.grids.command import lines
 
         folder = out or Path("runs") / f"curves-{Path(source).name.removesuffix('.toml')}"
         found = run(source, out=folder, settings=settings, resume=resume, jobs=jobs, constraints=recommend, say=_log)

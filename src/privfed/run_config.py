@@ -65,8 +65,9 @@ class AuditConfig(Table):
             are then kept*; receipt and report say so.
         canaries: Plant so many canaries, each in the training data by the toss of a coin; 0 for none. ``privfed audit``
             then bounds epsilon from below by how well the coins can be told. *The model has seen made-up records*.
-        canary: What a canary is: a ``mislabelled`` record, a text of ``rare_token`` words, or a record with a given
-            ``gradient`` (under unit ``client``: a client with such a record).
+        canary: What a canary is: a ``mislabelled`` record, a text of ``rare_token`` words, or a record whose
+            gradient is given: of one value (``gradient``) or along a ``random_direction`` (under unit ``client``: a
+            client with such a record).
     """
 
     record: bool = False
@@ -253,7 +254,7 @@ class RunConfig(Table):
         check_canaries(audit.canary, audit.canaries, task=self.model.task, unit=self.privacy.unit)
         if CANARIES.get(audit.canary).loss == "model":
             return self
-        place = f'audit.canary = "{audit.canary}", whose gradient is one trained value,'
+        place = f'audit.canary = "{audit.canary}", whose gradient is given,'
         if self.head_warm_start.name != "none":
             raise ConfigError(
                 f'{place} with head_warm_start.name = "{self.head_warm_start.name}": the two phases train different '

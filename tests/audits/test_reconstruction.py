@@ -13,9 +13,12 @@ from click.testing import CliRunner
 
 from privfed.cli import main
 from privfed.errors import ConfigError
+from privfed_attacks.inversion import Reconstruction
+from privfed_attacks.scoring import Batch
+from privfed_attacks.sealed import Sealed
 from privfed_audits.gallery import EXAMPLES, _spread
 from privfed_audits.gallery_page import marked, render
-from privfed_audits.reconstruction import reconstruct
+from privfed_audits.reconstruction import paired, reconstruct
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +106,26 @@ def test_what_cannot_be_audited(run: Path) -> None:
         reconstruct(run, ["labels"])
     with pytest.raises(ConfigError, match="Unknown attack 'spam'"):
         reconstruct(run, ["spam"])
+
+
+class _Words:
+    """A tokenizer of one word a token."""
+
+    all_special_ids = (0,)
+    words = ("[PAD]", "the", "cat", "sat", "down", "here")
+
+    def decode(self, tokens: list[int]) -> str:
+        return " ".join(self.words[token] for token in tokens)
+
+
+def test_a_text_is_shown_by_whatever_says_more_of_it() -> None:
+    truth = Sealed(Batch(texts=((1, 2, 3), (1, 4, 5))))
+    guess = Reconstruction(tokens=frozenset({1, 2, 3}), sequences=((1, 2, 3), (1, 1)))
+    first, second = paired(guess, truth, _Words())
+    assert first == {"truth": "the cat sat", "found": "the cat sat", "score": 1.0, "ordered": True}
+    assert second["ordered"] and second["score"] == 0.3333  # the tokens say no more: one of three
+    more = Reconstruction(tokens=frozenset({1, 4, 5}), sequences=((1, 2, 3), (1, 1)))
+    second = paired(more, truth, _Words())[1]
+    assert second == {"truth": "the down here", "found": "the down here", "score": 1.0, "ordered": False}
+    part = Reconstruction(tokens=frozenset({4, 5}), sequences=((2, 2),))
+    assert paired(part, truth, _Words())[1]["found"] == "\u00b7 down here"

@@ -33,7 +33,13 @@ def shown(notebook: Any) -> list[set[str]]:
 
 def test_the_notebooks_are_found() -> None:
     names = [path.name for path in NOTEBOOKS]
-    assert {"01_train_with_a_budget.ipynb", "05_bring_your_own_model_and_data.ipynb"} <= set(names)
+    assert {
+        "01_train_with_a_budget.ipynb",
+        "02_audit_a_run.ipynb",
+        "03_privacy_utility_curves.ipynb",
+        "04_attack_through_secure_aggregation.ipynb",
+        "05_bring_your_own_model_and_data.ipynb",
+    } <= set(names)
     assert len({name[:2] for name in names}) == len(names)  # each has a number of its own
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 from dp_accounting import dp_event
 from dp_accounting.pld import pld_privacy_accountant
@@ -11,6 +12,7 @@ from dp_accounting.pld import pld_privacy_accountant
 from privfed.budget import answer, lines
 from privfed.config import load_budget_config, load_config
 from privfed.errors import ConfigError
+from privfed.federation.canaries import plant
 from privfed.federation.material import gather, plan_privacy
 from privfed.privacy.mechanisms import MECHANISMS
 
@@ -137,6 +139,17 @@ def test_data_is_read_where_the_answer_depends_on_it(tiny_config):
     participations, steps = 2, found.client.local_steps  # 2 rounds of 3 of 4 clients
     expected = direct(10 / smallest, 1.0, participations * steps, delta=found.privacy.target_delta)
     assert answer(found, both=False)["epsilon"] == pytest.approx(expected, rel=2e-3)
+
+
+def test_canaries_that_take_the_place_of_records_are_counted_out(tiny_config):
+    """Whatever the coins say, the run's sampling probability is not above the one that the answer is for."""
+    settings = {"client": {"sampling_probability": None, "batch_size": 10}, "audit": {"canaries": 40}}
+    found = tiny_config(privacy={"target_epsilon": None, "noise_multiplier": 1.0}, **settings)
+    asked = answer(found, both=False)["phases"][0]["sampling_probability"]
+    without = min(len(shard) for shard in gather(found).shards)
+    tossed = [plant(found, gather(found), np.random.default_rng(seed).random(40) < 0.5) for seed in range(5)]
+    run = [10 / min(len(shard) for shard in each.shards) for each in tossed]
+    assert asked >= max(run) > 10 / without
 
 
 def test_a_run_without_privacy_has_no_budget():

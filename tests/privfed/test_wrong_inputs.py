@@ -69,6 +69,11 @@ WRONG = [
     ("budget base.toml -s data.path=rowz.csv", ["'rowz.csv' is not there", "Did you mean 'rows.csv'?", "relative"]),
     ("budget base.toml -s data.path=sheet.xlsx", ["'.xlsx', expected .csv", "convert or rename it"]),
     ("budget base.toml -s data.path=latin.csv", ["byte 0xe9", "(line 2), expected UTF-8", "iconv"]),
+    (
+        "budget base.toml -s data.path=semicolons.csv",
+        ["separates its values by ';' (text;label)", "save it with commas"],
+    ),
+    ("budget base.toml -s data.path=tabs.csv", ["separates its values by", "or with tabs as .tsv"]),
     ("budget base.toml -s data.text=txet", ["no column 'txet', only 'text', 'label'", "Set [data] text"]),
     (
         "budget base.toml -s data.path=same.csv",
@@ -90,6 +95,7 @@ WRONG = [
     ("train base.toml -o fresh --resume", ["There is no run to resume in fresh", "leave --resume out"]),
     ("report pickles", ["pickles is not a run folder: it has no config.toml", "Give the folder"]),
     ("export pickles -o out", ["There is no run in pickles", "pass a folder"]),
+    ("audit pickles", ["There is no run in pickles", "pass a folder that `privfed train` wrote"]),
     ("ledger nope", ["nope", "no ledger"]),
     ("ledger rows.csv", ["rows.csv", "not a"]),
 ]
@@ -102,6 +108,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = "".join(f"{word} words of row {i},{i % 3}\n" for i, word in enumerate(WORDS * 10))
     (found / "base.toml").write_text(BASE)
     (found / "rows.csv").write_text("text,label\n" + rows)
+    (found / "semicolons.csv").write_text('text;label\n"a; b";1\n')
+    (found / "tabs.csv").write_text("text\tlabel\na\t1\n")
     (found / "same.csv").write_text("text,label\n" + re.sub(r",\d$", ",same", rows, flags=re.MULTILINE))
     (found / "latin.csv").write_bytes("text,label\ncafé,1\nthe,0\n".encode("latin1"))
     (found / "sheet.xlsx").write_bytes(b"PK\x03\x04")

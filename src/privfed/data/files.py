@@ -125,6 +125,13 @@ def _delimited(path: Path, text: str, *, delimiter: str) -> Columns:
 
 
 def _csv(path: Path, text: str) -> Columns:
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    other = next((mark for mark in (";", "\t", "|") if mark in header), None)
+    if "," not in header and other is not None:
+        raise DataError(
+            f"The data file {str(path)!r} separates its values by {other!r} ({header:.60}), expected commas: save it "
+            "with commas, or with tabs as .tsv."
+        )
     return _delimited(path, text, delimiter=",")
 
 

@@ -43,15 +43,18 @@ def _serve(run: Run, set_option: Option, json_option: Option) -> click.Command:
     @click.option("--stage-seconds", default=60.0, show_default=True, type=click.FloatRange(min=1))
     @click.option("--opening-seconds", default=900.0, show_default=True, type=click.FloatRange(min=1))
     @click.option("--patience-seconds", default=900.0, show_default=True, type=click.FloatRange(min=1))
+    @click.option("--bundle", type=FILE, help="Write the app and its run.toml for `flwr run` here, and stop.")
     @json_option
-    def serve(source: str, settings: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    def serve(source: str, settings: tuple[str, ...], as_json: bool, bundle: Path | None, **given: Any) -> None:
         """Train with clients at sites: start a SuperLink, let the roster's sites in, run, stop."""
 
         def body() -> Mapping[str, Any]:
             from privfed.deployment.certificates import ServerFiles
-            from privfed.deployment.serve import ServeOptions, serve
+            from privfed.deployment.serve import ServeOptions, serve, write_app
             from privfed.errors import ConfigError
 
+            if bundle is not None:
+                return write_app(bundle, source, settings, given["roster"], _say)
             own = [given.pop(name) for name in ("ca", "certificate", "key")]
             if any(own) and not all(own):
                 raise ConfigError("Give --ca, --certificate and --key together, or none of them for a lab's.")

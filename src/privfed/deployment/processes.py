@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from privfed.errors import ConfigError, PrivfedError
 
 STOP_SECONDS = 10.0
@@ -143,6 +145,14 @@ def wait_for_port(host: str, port: int, process: Process, seconds: float = 300.0
     raise PrivfedError(
         f"{process.name} does not listen at {host}:{port} after {seconds:g} s; its log is {process.log}."
     )
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process is there and has not ended: Flower leaves it unread how those it starts end."""
+    try:
+        return bool(psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
+    except psutil.NoSuchProcess:
+        return False
 
 
 def free_port() -> int:

@@ -5,17 +5,29 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from privfed.config import load_config
 from privfed.deployment.bundle import NAME, write_bundle
 from privfed.deployment.certificates import ServerFiles, lab_files
-from privfed.deployment.processes import Process, environment, flower, run, shown, start, wait_for_port
+from privfed.deployment.processes import (
+    STOP_SECONDS,
+    Process,
+    alive,
+    environment,
+    flower,
+    run,
+    shown,
+    start,
+    wait_for_port,
+)
 from privfed.errors import ConfigError, PrivfedError
 from privfed.federation.sites import read_sites
 from privfed.files import write_atomic
@@ -73,15 +85,39 @@ def serve(options: ServeOptions, say: Say) -> dict[str, Any]:
     say(f"Run {config.digest()[:12]} with {len(sites.cards)} sites and {len(sites.sizes)} clients.")
     say(f"Roster {sites.digest()[:12]}: every site has to have pinned the same one.")
     env = environment(options.state / "flower")
+    for name in ("outcome.json", "serverapp.pid"):  # of the run before
+        (options.state / name).unlink(missing_ok=True)
     with ExitStack() as stack:
+        stack.enter_context(_told_by_sigterm())
         link = _superlink(options, env, say)
         stack.callback(link.stop)
+        stack.callback(_end_server_app, options.state)  # the SuperLink leaves it to itself
         wait_for_port(_reach(options.host), options.port, link)
         _connection(options, env, say)
         if not options.insecure:
             _register(sites.cards, options, env, say)
         _submit(options, resolved, env, say)
         return _follow(options, link, say)
+
+
+def write_app(folder: Path, source: str, settings: Sequence[str], roster: Path, say: Say) -> dict[str, Any]:
+    """Write the app bundle and the resolved configuration for ``flwr run`` in a Flower deployment of one's own.
+
+    Raises:
+        ConfigError: If the configuration cannot hold.
+    """
+    config = load_config(source, settings)
+    resolved = folder / "run.toml"
+    digest = write_bundle(folder)
+    write_atomic(resolved, config.to_toml().encode())
+    say(f"App bundle {digest}: sites may pin it (accept.bundles).")
+    given = {"config": str(resolved.resolve()), "roster": str(roster.resolve()), "out": str(Path("runs/x").resolve())}
+    say(shown(["flwr", "run", str(folder / NAME), "NAME-OF-YOUR-SUPERLINK", "--run-config", _overrides(given)]))
+    return {"app": str(folder / NAME), "bundle": digest}
+
+
+def _overrides(given: Mapping[str, object]) -> str:
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
 
 
 def _superlink(options: ServeOptions, env: Mapping[str, str], say: Say) -> Process:
@@ -146,8 +182,6 @@ def _register(cards: Sequence[Any], options: ServeOptions, env: Mapping[str, str
 def _submit(options: ServeOptions, config: Path, env: Mapping[str, str], say: Say) -> None:
     digest = write_bundle(options.state)
     say(f"App bundle {digest}: sites may pin it (accept.bundles).")
-    for name in ("outcome.json", "serverapp.pid"):
-        (options.state / name).unlink(missing_ok=True)
     given: dict[str, object] = {
         "config": str(config.resolve()),
         "roster": str(options.roster.resolve()),
@@ -156,8 +190,7 @@ def _submit(options: ServeOptions, config: Path, env: Mapping[str, str], say: Sa
         "resume": options.resume,
         **options.seconds,
     }
-    overrides = " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
-    command = [flower("flwr"), "run", str(options.state / NAME), LINK, "--run-config", overrides]
+    command = [flower("flwr"), "run", str(options.state / NAME), LINK, "--run-config", _overrides(given)]
     say(shown(command))
     found = run(command, env=env)
     if found.returncode or "uccessfully started run" not in found.stdout:
@@ -177,7 +210,7 @@ def _follow(options: ServeOptions, link: Process, say: Say) -> dict[str, Any]:
             break
         if not link.running:
             raise PrivfedError(f"The SuperLink ended; start again with --resume. {link.tail()}")
-        gone = pid.exists() and not _alive(int(pid.read_text() or 0))
+        gone = pid.exists() and not alive(int(pid.read_text() or 0))
         late = not pid.exists() and time.monotonic() - started > START_SECONDS
         if (gone or late) and not outcome.exists():
             raise PrivfedError(f"The ServerApp is gone; start again with --resume. Its log is {link.log}.")
@@ -190,6 +223,36 @@ def _follow(options: ServeOptions, link: Process, say: Say) -> dict[str, Any]:
     return {"folder": found["folder"]}
 
 
+@contextmanager
+def _told_by_sigterm() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C, so that what was started is stopped either way."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_server_app(state: Path) -> None:
+    """End a ServerApp that has not come to its end: one left over could go on in the run folder."""
+    file = state / "serverapp.pid"
+    if (state / "outcome.json").exists() or not file.exists():
+        return
+    pid = int(file.read_text() or 0)
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        if not pid or not alive(pid):
+            return
+        with suppress(ProcessLookupError):
+            os.kill(pid, how)
+        deadline = time.monotonic() + STOP_SECONDS
+        while alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
 def _say_new(log: Path, at: int, say: Say) -> int:
     if not log.exists():
         return at
@@ -200,11 +263,3 @@ def _say_new(log: Path, at: int, say: Say) -> int:
     for line in whole.decode("utf-8", errors="replace").splitlines():
         say(line)
     return at + len(whole)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True

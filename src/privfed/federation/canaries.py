@@ -23,7 +23,8 @@ from privfed.data import check_shards
 from privfed.data.canaries import CANARIES, Loss
 from privfed.data.sharding import client_ids
 from privfed.errors import ResumeError
-from privfed.federation.material import Material, divided
+from privfed.federation.material import Material, divided, gather
+from privfed.federation.shared import NOTHING, SharedWork
 from privfed.files import write_atomic
 from privfed.rng import experiment_rng
 from privfed.types import Shard
@@ -101,6 +102,20 @@ def read_coins(folder: Path) -> Bits:
         return _bits(bytes.fromhex(content["bits"]), int(content["count"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"The coins of the canaries in {folder / COINS} cannot be read: {error}.") from error
+
+
+def expected(config: RunConfig, shared: SharedWork = NOTHING) -> Material:
+    """Return a run's data and their division as they can be told before its coins are tossed.
+
+    No canary is in the training data, so that shards are the smallest and clients the fewest that the coins can make: a
+    budget of this division is not below that of the run.
+
+    Raises:
+        ConfigError: If the configuration cannot work with the division.
+        DataError: If the data cannot be used as described.
+    """
+    material = gather(config, shared)
+    return plant(config, material) if config.audit.canaries else material
 
 
 def plant(config: RunConfig, material: Material, bits_M: Bits | None = None) -> Material:

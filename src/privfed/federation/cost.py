@@ -80,9 +80,9 @@ def _cohort_and_length(config: RunConfig, length: int | None) -> tuple[int, int]
     cohort = config.server.cohort_size
     if cohort is not None and length is not None:
         return cohort, length
-    from privfed.federation.material import gather  # loads the data libraries
+    from privfed.federation.canaries import expected  # loads the data libraries
 
-    material = gather(config)
+    material = expected(config)
     if length is None:
         from privfed.federation.workbench import planned_lengths  # loads torch
 

@@ -1,15 +1,16 @@
 """Examples whose gradient is given: canaries for audits, planted behind the ordinary ones.
 
-The loss of such an example is a multiple of one trained value, so autograd gives the gradient: that multiple at that
-value and 0 elsewhere. From there on it is an example like any other: it is sampled, clipped, added up and noised by the
-code that trains. Its multiple is ``BEYOND`` times the clip, so that after clipping its norm is the clip exactly, and
-without clipping it stands out.
+The loss of such an example is linear in the trained values, so autograd gives the gradient: a multiple of one value,
+or of a random direction over all of them. From there on it is an example like any other: it is sampled, clipped, added
+up and noised by the code that trains. Its norm is ``BEYOND`` times the clip, so that after clipping it is the clip
+exactly, and without clipping it stands out.
 
 Shape suffixes: M planted examples, B examples of a microbatch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +21,7 @@ from torch import nn
 
 from privfed.errors import ModelError
 from privfed.tuning.layout import trained
-from privfed.types import ParamLayout
+from privfed.types import Float32, ParamLayout
 
 if TYPE_CHECKING:
     from privfed.models.examples import Examples, Rows
@@ -48,6 +49,54 @@ class GivenGradients:
     def __len__(self) -> int:
         return len(self.flat_M)
 
+    def loss(self, tensors: Sequence[torch.Tensor], number: int) -> torch.Tensor:
+        """Return the loss of one example."""
+        value: torch.Tensor = tensors[self.tensors_M[number]].reshape(-1)[int(self.places_M[number])]
+        return value * float(self.values_M[number])
+
+    def components(self, vector_D: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Return a vector's component along each gradient [M]."""
+        return np.asarray(vector_D[self.flat_M] * np.sign(self.values_M), dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomDirections:
+    """Gradients along random unit vectors over all trained values, made anew from their seeds each time.
+
+    Two of them are nearly orthogonal: their product has a standard deviation of 1 / sqrt(D) (Andrew et al. 2024,
+    "One-shot Empirical Privacy Estimation for Federated Learning", arXiv 2302.03098, section 4).
+
+    Attributes:
+        seeds_M: Of each direction.
+        norm: Of each gradient.
+        size: Trained values.
+    """
+
+    seeds_M: NDArray[np.uint64] = field(repr=False)
+    norm: float
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.seeds_M)
+
+    def direction(self, number: int) -> Float32:
+        """Return a unit vector [D]."""
+        found_D = np.random.default_rng(int(self.seeds_M[number])).standard_normal(self.size, dtype=np.float32)
+        return np.asarray(found_D / np.linalg.norm(found_D), dtype=np.float32)
+
+    def loss(self, tensors: Sequence[torch.Tensor], number: int) -> torch.Tensor:
+        """Return the loss of one example."""
+        parts = torch.split(torch.from_numpy(self.norm * self.direction(number)), [t.numel() for t in tensors])
+        products = [(tensor.reshape(-1) * part.to(tensor)).sum() for tensor, part in zip(tensors, parts, strict=True)]
+        return torch.stack(products).sum()
+
+    def components(self, vector_D: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Return a vector's component along each gradient [M]."""
+        return np.array([float(self.direction(number) @ vector_D) for number in range(len(self))])
+
+
+Given = GivenGradients | RandomDirections
+
 
 @dataclass(frozen=True, slots=True)
 class DirectBatch:
@@ -74,7 +123,7 @@ class PlantedExamples:
         gradients: Of the planted ones.
     """
 
-    def __init__(self, inner: Examples, first_direct: int, gradients: GivenGradients) -> None:
+    def __init__(self, inner: Examples, first_direct: int, gradients: Given) -> None:
         self.inner = inner
         self.first_direct = first_direct
         self.gradients = gradients
@@ -100,12 +149,8 @@ class PlantedExamples:
         """Return the loss of each example [B]."""
         if not getattr(batch, "direct", False):
             return self.inner.losses(module, batch)
-        tensors, given = [parameter for _, parameter in trained(module)], self.gradients
-        picked = [
-            tensors[given.tensors_M[i]].reshape(-1)[int(given.places_M[i])] * float(given.values_M[i])
-            for i in batch.inputs.tolist()
-        ]
-        return torch.stack(picked)
+        tensors = [parameter for _, parameter in trained(module)]
+        return torch.stack([self.gradients.loss(tensors, number) for number in batch.inputs.tolist()])
 
     def probe(self, classes: int) -> Examples:
         """Return three made-up ordinary examples."""
@@ -140,6 +185,27 @@ def given_gradients(layout: ParamLayout, count: int, clip: float, rng: np.random
     tensors, places = tensors[order], places[order].astype(np.int64)
     values = (BEYOND * clip * rng.choice([-1.0, 1.0], count)).astype(np.float32)
     return GivenGradients(tensors_M=tensors, places_M=places, values_M=values, flat_M=starts[tensors] + places)
+
+
+def random_directions(layout: ParamLayout, count: int, clip: float, rng: np.random.Generator) -> RandomDirections:
+    """Return ``count`` gradients along random directions.
+
+    Args:
+        layout: The trained tensors.
+        count: How many.
+        clip: The norm that each is to have after clipping.
+        rng: Draws the directions' seeds.
+
+    Raises:
+        ModelError: If there are more than half as many as values: they would drown one another.
+    """
+    if 2 * count > layout.size:
+        raise ModelError(
+            f"audit.canaries = {count} along random directions need twice as many trained values, and this tuning "
+            f"trains {layout.size}: set audit.canaries to {layout.size // 2} or fewer."
+        )
+    seeds_M = rng.integers(0, 2**63, size=count, dtype=np.uint64)
+    return RandomDirections(seeds_M=seeds_M, norm=BEYOND * clip, size=layout.size)
 
 
 def _evenly(room: NDArray[np.int64], count: int) -> NDArray[np.int64]:

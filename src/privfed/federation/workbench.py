@@ -9,11 +9,12 @@ from torch import nn
 
 from privfed.config import RunConfig
 from privfed.data import AnySplit
+from privfed.data.canaries import CANARIES
 from privfed.errors import ModelError
 from privfed.federation.canaries import Canaries
 from privfed.federation.material import Material
 from privfed.federation.phases import TRAIN, WARM_START, phases
-from privfed.federation.planted import GivenGradients, PlantedExamples, given_gradients
+from privfed.federation.planted import Given, PlantedExamples, given_gradients, random_directions
 from privfed.federation.shared import NOTHING, SharedWork
 from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples
 from privfed.models.language import LanguageExamples, packs_are_apart
@@ -38,6 +39,7 @@ class Workbench:
     Attributes:
         planted: The training examples with canaries of given gradients behind them; None without such canaries.
         packing: What the receipt says of records that share a sequence; empty where none do.
+        scored: Whether test examples are scored here; where they are not, nothing is computed from them.
     """
 
     loaded: LoadedModel
@@ -47,9 +49,12 @@ class Workbench:
     planted: PlantedExamples | None = None
     packing: str = ""
     shared: SharedWork = NOTHING
+    scored: bool = True
 
 
-def build(config: RunConfig, material: Material, progress: Progress, shared: SharedWork = NOTHING) -> Workbench:
+def build(
+    config: RunConfig, material: Material, progress: Progress, shared: SharedWork = NOTHING, *, scored: bool = True
+) -> Workbench:
     """Load the model, apply the tuning, make the examples.
 
     Args:
@@ -57,6 +62,7 @@ def build(config: RunConfig, material: Material, progress: Progress, shared: Sha
         material: Its data.
         progress: Told what takes long.
         shared: What other runs have computed already.
+        scored: Whether test examples are scored in this process; a data holder's site scores none.
 
     Raises:
         ModelError: If the model or the tuning does not fit.
@@ -73,6 +79,7 @@ def build(config: RunConfig, material: Material, progress: Progress, shared: Sha
         train=examples(material.dataset.train),
         test=examples(material.dataset.test),
         shared=shared,
+        scored=scored,
     )
     if config.model.packing and isinstance(bench.train, LanguageExamples):
         bench = replace(bench, packing=_packing(bench, progress))
@@ -109,14 +116,15 @@ def planted(config: RunConfig, bench: Workbench, canaries: Canaries) -> PlantedE
     return PlantedExamples(bench.train, int(canaries.rows_M[0]), gradients)
 
 
-def given_of(config: RunConfig, layout: ParamLayout, canaries: Canaries) -> GivenGradients:
+def given_of(config: RunConfig, layout: ParamLayout, canaries: Canaries) -> Given:
     """Return the gradients that a run's canaries are given; they follow from its seed, and are no secret.
 
     Raises:
         ModelError: If there are more canaries than values for them.
     """
     rng = experiment_rng(config.seed, "canaries", "values")
-    return given_gradients(layout, len(canaries), config.privacy.l2_clip_norm, rng)
+    make = random_directions if CANARIES.get(canaries.kind).dense else given_gradients
+    return make(layout, len(canaries), config.privacy.l2_clip_norm, rng)
 
 
 def load_tuned(config: RunConfig, material: Material, shared: SharedWork = NOTHING) -> tuple[LoadedModel, TunedModel]:
@@ -196,16 +204,20 @@ def _features(bench: Workbench, progress: Progress) -> tuple[FeatureExamples | N
     train, test = bench.train, bench.test
     if bench.tuned.head is None or not (isinstance(train, LabelledExamples) and isinstance(test, LabelledExamples)):
         return None, None
-    progress.message(f"Features of {len(train) + len(test)} examples from the frozen model")
+    count = len(train) + (len(test) if bench.scored else 0)
+    progress.message(f"Features of {count} examples from the frozen model")
     model, head, shared = bench.tuned.model, bench.tuned.head, bench.shared
-    return shared.features(model, head, train), shared.features(model, head, test)
+    found = shared.features(model, head, train)
+    if found is None or bench.scored:
+        return found, shared.features(model, head, test)
+    return found, FeatureExamples(found.features_NF[:0], found.labels[:0])
 
 
 def _cache_frozen(bench: Workbench, gib: float, progress: Progress) -> None:
     """Run frozen first blocks once over all examples, where there are any and their output fits.
 
     The limit is fixed in the configuration: free memory would let a resumed run choose otherwise, and padding then
-    changes the last bits.
+    changes the last bits. For the same reason it counts test examples where they are not scored, too.
     """
     head: str | None = bench.tuned.head
     prefix = find_prefix(bench.tuned.model, _NO_HEAD if head is None else head)
@@ -213,7 +225,9 @@ def _cache_frozen(bench: Workbench, gib: float, progress: Progress) -> None:
     needed = 4 * width * int(bench.train.lengths.sum() + bench.test.lengths.sum())
     if prefix is None or needed > gib * 2**30:
         return
-    progress.message(f"Running the frozen blocks once over all examples ({needed / 2**20:.0f} MiB kept)")
+    splits = (bench.train, bench.test) if bench.scored else (bench.train,)
+    kept = 4 * width * sum(int(each.lengths.sum()) for each in splits)
+    progress.message(f"Running the frozen blocks once over all examples ({kept / 2**20:.0f} MiB kept)")
     model, shared = bench.tuned.model, bench.shared
-    if not attach(model, prefix, bench.train, bench.test, states=lambda each: shared.states(prefix, model, each, head)):
+    if not attach(model, prefix, *splits, states=lambda each: shared.states(prefix, model, each, head)):
         progress.message("The frozen blocks' output cannot be replayed in this model: running it whole")

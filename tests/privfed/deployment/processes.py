@@ -59,10 +59,11 @@ reproducible_noise = true
         given = ["--roster", "roster.toml", "-o", "run", "--state", "server", "--port", str(self.port)]
         return self._start("serve.log", "serve", "run.toml", *given, *options)
 
-    def join(self, name: str) -> subprocess.Popen[bytes]:
-        """Start a site, once the authority's certificate is there."""
-        self.wait(lambda: (self.folder / "server" / "tls" / "server.pem").exists())
-        return self._start(f"{name}.log", "join", f"{name}.toml")
+    def join(self, name: str, *options: str) -> subprocess.Popen[bytes]:
+        """Start a site, where it connects by itself once the authority's certificate is there."""
+        if not options:
+            self.wait(lambda: (self.folder / "server" / "tls" / "server.pem").exists())
+        return self._start(f"{name}.log", "join", f"{name}.toml", *options)
 
     def said(self, log: str = "serve.log") -> str:
         """Return what a process has said so far."""

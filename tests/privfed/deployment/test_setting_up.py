@@ -19,6 +19,7 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from privfed.config import RunConfig
 from privfed.deployment.certificates import lab_files, node_keys
 from privfed.deployment.join import opened_site
+from privfed.deployment.processes import alive
 from privfed.deployment.site_config import read_site
 from privfed.errors import ConfigError
 from privfed.federation.engines.flower.enrol import SiteKeys, make_card
@@ -107,6 +108,19 @@ def test_a_sites_secret_is_its_own(tmp_path: Path) -> None:
     assert one.client("x").public != one.client("y").public
     assert stat.S_IMODE((tmp_path / "a" / "site.secret").stat().st_mode) == 0o600
     assert one.secret.hex() not in repr(one)
+
+
+def test_a_process_that_has_ended_is_not_alive_even_before_its_parent_looks() -> None:
+    """Flower does not look: a ServerApp that was killed would count as running for good."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert alive(process.pid)
+        process.kill()
+        deadline = time.monotonic() + 60
+        while alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not alive(process.pid)
+        assert process.returncode is None  # nobody has read how it ended: it is still in the process table
+    assert not alive(process.pid)
 
 
 @pytest.mark.slow

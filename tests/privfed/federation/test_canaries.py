@@ -7,12 +7,13 @@ import stat
 
 import numpy as np
 import pytest
+import torch
 
 from privfed.data.canaries import CANARIES
 from privfed.errors import ConfigError, DataError, ModelError, ResumeError
 from privfed.federation import canaries
 from privfed.federation.material import gather
-from privfed.federation.planted import BEYOND, given_gradients
+from privfed.federation.planted import BEYOND, given_gradients, random_directions
 from privfed.run import train
 from privfed.types import ParamLayout
 
@@ -153,6 +154,21 @@ def test_given_gradients_are_spread_over_the_tensors():
         given_gradients(layout, 353, 0.5, np.random.default_rng(1))
 
 
+def test_random_directions_are_what_autograd_gives():
+    layout = ParamLayout(names=("a", "b"), shapes=((40, 10), (100,)), digest="")
+    found = random_directions(layout, 50, 0.5, np.random.default_rng(1))
+    tensors = [torch.zeros(shape, requires_grad=True) for shape in layout.shapes]
+    found.loss(tensors, 3).backward()
+    gradient_D = np.concatenate([tensor.grad.numpy().ravel() for tensor in tensors])
+    assert np.linalg.norm(gradient_D) == pytest.approx(0.5 * BEYOND, rel=1e-5)
+    assert found.components(gradient_D)[3] == pytest.approx(0.5 * BEYOND, rel=1e-5)
+    others = np.delete(found.components(gradient_D), 3) / (0.5 * BEYOND)
+    assert np.abs(others).max() < 5 / np.sqrt(layout.size)
+    assert 0.7 < others.std() * np.sqrt(layout.size) < 1.3
+    with pytest.raises(ModelError, match="250 or fewer"):
+        random_directions(layout, 251, 0.5, np.random.default_rng(1))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -168,7 +184,7 @@ def test_what_cannot_be_is_refused_before_any_data(config, change, says):
 
 def test_gradient_canaries_are_refused_where_not_every_value_is_trained(config):
     for change in ({"server": {"aggregation": "rolora"}, "tuning": {"name": "lora", "r": 2}},):
-        with pytest.raises(ConfigError, match="one trained value"):
+        with pytest.raises(ConfigError, match="whose gradient is given"):
             config("gradient", **change)
 
 

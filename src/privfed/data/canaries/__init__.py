@@ -54,12 +54,14 @@ class CanaryKind:
         units: The privacy units whose loss it can show: an ``example`` is a record, a ``client`` one with nothing else.
         loss: ``model``: the record's loss is the model's; ``direct``: its gradient is given
             (``privfed.federation.planted``).
+        dense: Whether a given gradient is a random direction over all trained values, and not one of them.
     """
 
     make: Make
     tasks: tuple[Task, ...]
     units: tuple[Unit, ...] = ("example",)
     loss: Loss = "model"
+    dense: bool = False
 
 
 CANARIES: Registry[CanaryKind] = Registry("canary", "privfed.data.canaries")

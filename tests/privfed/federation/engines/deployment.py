@@ -10,6 +10,7 @@ from typing import Any
 
 from privfed.config import RunConfig
 from privfed.data.config import DataConfig
+from privfed.deployment.watch import JsonLog
 from privfed.federation.engines.flower.enrol import SiteKeys, make_card
 from privfed.federation.engines.flower.envelope import Ask
 from privfed.federation.engines.flower.memory import SiteMemory
@@ -79,7 +80,8 @@ class Lab:
             folder=folder,
         )
         ledger, memory = Ledger.open(folder / "ledger.sqlite"), SiteMemory(folder / "memory.sqlite")
-        self.running[name] = (Site(facts, ledger, memory), ledger, memory)
+        site = Site(facts, ledger, memory, log=JsonLog(folder / "site.jsonl"))
+        self.running[name] = (site, ledger, memory)
         return self.running[name][0]
 
     def kill(self, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from privfed.errors import AuthenticityError
 from privfed.federation.engines.flower.envelope import Ask, Reply
 from privfed.federation.engines.flower.policy import Caps
 from privfed.federation.engines.flower.site import Site
+from privfed.federation.progress import Silent
 
 from .deployment import Lab, LabChannel
 
@@ -177,6 +179,34 @@ def test_flowers_own_client_process_never_loads_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_an_app_bundle_that_is_not_on_the_list_gets_no_answer() -> None:
+    """The site's own process takes Flower's tasks: it answers for pinned bundles only, and runs none."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from privfed.federation.engines.flower.node import NodeTasks
+    from privfed.federation.engines.flower.records import to_records
+
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    message = flwr_app.Message(content=to_records(b"ask"), dst_node_id=1, message_type="train.privfed")
+    message.metadata.__dict__["_message_id"] = "7"
+    asked: list[bytes] = []
+
+    def handle(raw: bytes) -> bytes:
+        asked.append(raw)
+        return b"reply"
+
+    bundle = b"raise SystemExit"
+    pinned = hashlib.sha256(bundle).hexdigest()
+    for accepted, answered in ((["0" * 64], False), ([pinned], True), ([], True)):
+        asked.clear()
+        tasks = NodeTasks("127.0.0.1:1", handle, accepted, Silent())
+        reply = tasks.reply(message, bundle)
+        assert reply.has_error() is not answered
+        assert asked == ([b"ask"] if answered else [])
+        if not answered:
+            assert f"The app bundle {pinned} is not on this site's list" in reply.error.reason
+
+
 @pytest.mark.slow
 def test_a_replayed_round_a_narrowed_cohort_and_a_bare_update_are_refused(
     lab: Lab, asking: Callable[..., Any], tiny_config: Callable[..., RunConfig], tmp_path: Path
@@ -197,7 +227,9 @@ def test_a_replayed_round_a_narrowed_cohort_and_a_bare_update_are_refused(
     keys = next(asked for asked in heard if asked.kind == "keys")
     training = [asked for asked in heard if asked.kind == "train" and "shares" in asked.body]
     assert "sessions do not repeat" in ask(keys).reason
-    for asked in training:
+    later = [asked for asked in heard if asked.kind in ("shares", "agree", "unmask")]
+    assert {asked.kind for asked in later} == {"shares", "agree", "unmask"}
+    for asked in (*training, *later):  # none of it a second time: no update, no signature, no share
         reply = ask(asked)
         assert reply.status == "refused" or not reply.body["messages"]
     bare = Ask(kind="train", run_id=keys.run_id, body={**training[-1].body, "shares": {}, "clients": ["client-0"]})
@@ -211,4 +243,7 @@ def test_a_replayed_round_a_narrowed_cohort_and_a_bare_update_are_refused(
         kind="keys", run_id=keys.run_id, body={"session": [phase, number, attempt + 99, cohort[:-1], values]}
     )
     assert "follow from the run's seed" in ask(narrowed).reason
+    again = ask(_open(lab, config, run_id="s" * 8))  # another run, which the cap would have allowed as the first one
+    assert again.status == "refused"
+    assert "the cap is 9" in again.reason
     assert len(lab.ledger(SITE).entries()) == spent

@@ -70,7 +70,7 @@ class NodeTasks:
         beat.start()
         try:
             message, context, _, bundle = pull_task_input(client)
-            push_message(client, self._reply(message, bundle.content), context)
+            push_message(client, self.reply(message, bundle.content), context)
             push_task_output(client=client, context=context, sub_status=SubStatus.COMPLETED, details="")
         except (httpx.HTTPError, RuntimeError) as error:  # the server asks again, or goes on without this site
             self._watch.message(f"A message was not answered: {error}")
@@ -78,7 +78,8 @@ class NodeTasks:
             beat.stop()
             client.close()
 
-    def _reply(self, message: Message, bundle: bytes) -> Message:
+    def reply(self, message: Message, bundle: bytes) -> Message:
+        """Return the answer to a message that came with an app bundle: the site's, or an error if it is not listed."""
         digest = hashlib.sha256(bundle).hexdigest()
         if self._bundles and digest not in self._bundles:
             reason = f"The app bundle {digest} is not on this site's list (accept.bundles)."

@@ -133,7 +133,7 @@ def approved_run(
     setup.set_deterministic()
     material = site_material(config, facts.sites, facts.name, classes, facts.own)
     distributed = config.privacy.is_distributed
-    bench = workbench.build(config, material, watch) if distributed else None
+    bench = workbench.build(config, material, watch, scored=False) if distributed else None
     lengths = workbench.trained_lengths(config, bench.tuned) if bench else None
     plan = materials.plan_privacy(config, material, lengths)
     holder = _holder(facts, ledger, config, run_id, material)
@@ -141,7 +141,7 @@ def approved_run(
     stages = setup.make_stages(
         config,
         material,
-        bench or workbench.build(config, material, watch),
+        bench or workbench.build(config, material, watch, scored=False),
         plan,
         holder,
         watch,
