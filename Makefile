@@ -24,13 +24,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo flower-demo test check lint docs docs-check bench clean browser dist sbom test-lowest notebooks
+.PHONY: test-long help setup demo flower-demo test check lint docs docs-check bench clean browser dist sbom test-lowest notebooks
 .SUFFIXES:
 
 help:
 	@echo "make demo    set up, train the demo (PRESET=$(PRESET)) and write its report"
 	@echo "make test    set up and run every test"
 	@echo "make flower-demo  the demo with four sites over Flower, on this machine"
+	@echo "make test-long   the tests that take more than a minute each"
 	@echo "make check   everything a change has to pass: style, types, imports, tests, docs"
 	@echo "make docs    build the documentation into site/"
 	@echo "make bench   run every benchmark"
@@ -79,7 +80,11 @@ flower-demo: setup
 	PRIVFED=$(BIN)/privfed PYTHON=$(BIN)/python benchmarks/flower_demo.sh runs/flower-demo
 
 test: $(TEST_STAMP) browser
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long"
+
+# deployments over bad networks and Flower's own command: minutes each
+test-long: $(TEST_STAMP)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m long
 
 lint: setup
 	$(BIN)/ruff check .

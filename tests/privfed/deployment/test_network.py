@@ -55,6 +55,7 @@ def test_the_wire_is_late_loses_and_is_cut(network: ModuleType) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_bad_network_costs_time_and_no_bits(
     network: ModuleType, tiny_config: Callable[..., RunConfig], tmp_path: Path

@@ -34,6 +34,7 @@ def deployment(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> Iterato
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_flwr_run_trains_the_same_bits(
     deployment: Deployment, tiny_config: Callable[..., RunConfig], tmp_path: Path
