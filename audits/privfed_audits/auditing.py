@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,22 @@ ALPHA = 0.05
 Floats = NDArray[np.float64]
 Say = Callable[[str], None]
 _ON_RECEIPT = ("empirical_epsilon", "interval", "attack", "bound", "canaries", "confidence")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """A run as it was read, and what ``audit`` was asked about it."""
+
+    folder: Path
+    config: RunConfig
+    receipt: Mapping[str, Any]
+    transcript: Transcript | None
+    view: View | None
+    attacks: Sequence[str] | None
+    clients: int
+    say: Say
+    shared: SharedWork
+    as_if_secret: bool
 
 
 def audit(
@@ -82,14 +99,24 @@ def audit(
     config = parse_config(raw, where=str(folder / "config.toml"))
     receipt = read_receipt(folder / "receipt.json")
     _check_names(attacks)
-    shared = SharedWork() if shared is None else shared  # membership and inversion read the same data
-    transcript = _transcript(folder)
+    asked = _Asked(
+        folder=folder,
+        config=config,
+        receipt=receipt,
+        transcript=_transcript(folder),
+        view=view,
+        attacks=attacks,
+        clients=clients,
+        say=say,
+        shared=SharedWork() if shared is None else shared,  # membership and inversion read the same data
+        as_if_secret=as_if_secret,
+    )
     found = {
         "schema": SCHEMA,
         "run_id": receipt["run_id"],
         "adapter_sha256": receipt["adapter_sha256"],
-        "views": _views(folder, config, receipt, transcript, view, attacks, say, shared, as_if_secret=as_if_secret),
-        "reconstruction": _reconstruction(folder, config, transcript, view, attacks, clients, say, shared),
+        "views": _views(asked),
+        "reconstruction": _reconstruction(asked),
     }
     found["contradicted"] = any(entry.get("contradicted", False) for entry in found["views"].values())
     if not found["views"] and not found["reconstruction"]:
@@ -180,43 +207,33 @@ def _transcript(folder: Path) -> Transcript | None:
         return None
 
 
-def _views(
-    folder: Path,
-    config: RunConfig,
-    receipt: Mapping[str, Any],
-    transcript: Transcript | None,
-    view: View | None,
-    attacks: Sequence[str] | None,
-    say: Say,
-    shared: SharedWork,
-    *,
-    as_if_secret: bool,
-) -> dict[str, Any]:
+def _views(asked: _Asked) -> dict[str, Any]:
     """Return the entries of all views that membership can be attacked in."""
-    if attacks is not None and not any(_is_membership(name) for name in attacks):
+    if asked.attacks is not None and not any(_is_membership(name) for name in asked.attacks):
         return {}
-    if not config.audit.canaries:
-        return _untossed(folder, config, receipt, transcript, view, attacks, say, shared, as_if_secret=as_if_secret)
-    sizes = {c["client_id"]: int(c["size"]) for c in json.loads((folder / "partition.json").read_text())["clients"]}
-    scene = canary_scene(folder, config, transcript, sizes, shared)
+    if not asked.config.audit.canaries:
+        return _untossed(asked)
+    division = json.loads((asked.folder / "partition.json").read_text())
+    sizes = {c["client_id"]: int(c["size"]) for c in division["clients"]}
+    scene = canary_scene(asked.folder, asked.config, asked.transcript, sizes, asked.shared)
     possible = views_of(scene)
-    wanted = [each for each in VIEWS if each in possible and view in (None, each)]
+    wanted = [each for each in VIEWS if each in possible and asked.view in (None, each)]
     if not wanted:
-        raise ConfigError(f"The view {view} of this run shows nothing to attack: it has {', '.join(possible)}.")
-    bits = read_coins(folder)  # opened by the scorer alone
+        raise ConfigError(f"The view {asked.view} of this run shows nothing to attack: it has {', '.join(possible)}.")
+    bits = read_coins(asked.folder)  # opened by the scorer alone
     found: dict[str, Any] = {}
     for each in wanted:
         try:
-            scores = _kept(_scores(folder, receipt, scene, each, say), attacks)
+            scores = _kept(_scores(asked.folder, asked.receipt, scene, each, asked.say), asked.attacks)
         except ConfigError as error:  # a codec whose messages say nothing by themselves, for one
-            if view is not None:
+            if asked.view is not None:
                 raise
-            say(f"{each}: {error}")
+            asked.say(f"{each}: {error}")
             continue
         if not scores:
             continue
-        claim = claim_of(receipt, each, as_if_secret=as_if_secret)
-        say(f"{each}: what {len(scores)} attacks prove")
+        claim = claim_of(asked.receipt, each, as_if_secret=asked.as_if_secret)
+        asked.say(f"{each}: what {len(scores)} attacks prove")
         found[each] = verdict(scores, Sealed(bits), claim, alpha=ALPHA / len(wanted))
     return found
 
@@ -248,26 +265,15 @@ def _read_scores(path: Path, receipt: Mapping[str, Any]) -> dict[str, Floats] | 
         return {name: stored[name] for name in stored.files if name != "adapter"}
 
 
-def _untossed(
-    folder: Path,
-    config: RunConfig,
-    receipt: Mapping[str, Any],
-    transcript: Transcript | None,
-    view: View | None,
-    attacks: Sequence[str] | None,
-    say: Say,
-    shared: SharedWork,
-    *,
-    as_if_secret: bool,
-) -> dict[str, Any]:
-    if config.privacy.unit == "client" or view not in (None, "release"):
+def _untossed(asked: _Asked) -> dict[str, Any]:
+    if asked.config.privacy.unit == "client" or asked.view not in (None, "release"):
         return {}
-    scene = untossed_scene(folder, config, transcript, shared)
+    scene = untossed_scene(asked.folder, asked.config, asked.transcript, asked.shared)
     if scene is None:
         return {}
-    say("release: losses of training and test records")
-    claim: Claim = claim_of(receipt, "release", as_if_secret=as_if_secret)
-    return {"release": untossed(scene, claim, attacks)}
+    asked.say("release: losses of training and test records")
+    claim: Claim = claim_of(asked.receipt, "release", as_if_secret=asked.as_if_secret)
+    return {"release": untossed(scene, claim, asked.attacks)}
 
 
 def _kept(scores: Mapping[str, Floats], attacks: Sequence[str] | None) -> dict[str, Floats]:
@@ -281,40 +287,33 @@ def _is_membership(name: str) -> bool:
     return name in MEMBERSHIP.names() or name.startswith("gradient_dot")
 
 
-def _reconstruction(
-    folder: Path,
-    config: RunConfig,
-    transcript: Transcript | None,
-    view: View | None,
-    attacks: Sequence[str] | None,
-    clients: int,
-    say: Say,
-    shared: SharedWork,
-) -> dict[str, Any]:
+def _reconstruction(asked: _Asked) -> dict[str, Any]:
     """Return what inversion found, by view; nothing where the run is not a recorded text classifier."""
-    names = ["span"] if attacks is None else [name for name in attacks if name in ATTACKS.names()]
+    names = ["span"] if asked.attacks is None else [name for name in asked.attacks if name in ATTACKS.names()]
     if not names:
         return {}
     from privfed_audits.gallery import gallery
 
-    asked = attacks is not None
-    if transcript is None or config.model.task != "sequence_classification":
-        if not asked:
+    named = asked.attacks is not None
+    if asked.transcript is None or asked.config.model.task != "sequence_classification":
+        if not named:
             return {}
-        if transcript is None:
-            Transcript(folder)  # says that the run was not recorded
-        raise ConfigError(f"Inversion attacks here are for text classifiers, and the task is {config.model.task}.")
-    if view == "release":
+        if asked.transcript is None:
+            Transcript(asked.folder)  # says that the run was not recorded
+        raise ConfigError(
+            f"Inversion attacks here are for text classifiers, and the task is {asked.config.model.task}."
+        )
+    if asked.view == "release":
         chosen: list[View] = ["release"]
     else:
-        chosen = [view] if view else (["aggregate"] if transcript.masked else ["individual"])
+        chosen = [asked.view] if asked.view else (["aggregate"] if asked.transcript.masked else ["individual"])
     found: dict[str, Any] = {}
     for each in chosen:
-        say(f"{each}: inversion by {', '.join(names)}")
+        asked.say(f"{each}: inversion by {', '.join(names)}")
         try:
-            found[each] = gallery(folder, names, view=each, clients=clients, shared=shared)
+            found[each] = gallery(asked.folder, names, view=each, clients=asked.clients, shared=asked.shared)
         except PrivfedError as error:
-            if asked:
+            if named:
                 raise
-            say(f"{each}: {error}")
+            asked.say(f"{each}: {error}")
     return found

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from privfed.errors import ConfigError
 from privfed_attacks.membership import Floats, attack
+from privfed_attacks.membership.signals import mean_of_lowest
 
 
 @attack("min_k")
@@ -30,12 +30,4 @@ def min_k(
     Raises:
         ConfigError: If a text has no token, or ``share`` is not in (0, 1].
     """
-    if not 0 < share <= 1:
-        raise ConfigError(f"Expected a share of tokens in (0, 1], got {share}.")
-    counts_Q = (~np.isnan(token_logprobs_QT)).sum(axis=1)
-    if (counts_Q == 0).any():
-        raise ConfigError(f"Text {int(np.argmin(counts_Q))} has no token to score.")
-    ordered_QT = np.sort((token_logprobs_QT - token_means_QT) / np.maximum(token_deviations_QT, 1e-12), axis=1)
-    taken_Q = np.maximum(1, np.floor(share * counts_Q)).astype(np.int64)  # NaN sorts to the end
-    sums_QT = np.nancumsum(ordered_QT, axis=1)
-    return np.asarray(sums_QT[np.arange(len(taken_Q)), taken_Q - 1] / taken_Q, dtype=np.float64)
+    return mean_of_lowest((token_logprobs_QT - token_means_QT) / np.maximum(token_deviations_QT, 1e-12), share)

@@ -7,10 +7,8 @@ needs no more than the probabilities of the text's own tokens, which interfaces 
 
 from __future__ import annotations
 
-import numpy as np
-
-from privfed.errors import ConfigError
 from privfed_attacks.membership import Floats, attack
+from privfed_attacks.membership.signals import mean_of_lowest
 
 
 @attack("min_k_prob")
@@ -26,11 +24,4 @@ def min_k_prob(token_logprobs_QT: Floats, *, share: float = 0.2) -> Floats:
     Raises:
         ConfigError: If a text has no token, or ``share`` is not in (0, 1].
     """
-    if not 0 < share <= 1:
-        raise ConfigError(f"Expected a share of tokens in (0, 1], got {share}.")
-    counts_Q = (~np.isnan(token_logprobs_QT)).sum(axis=1)
-    if (counts_Q == 0).any():
-        raise ConfigError(f"Text {int(np.argmin(counts_Q))} has no token to score.")
-    taken_Q = np.maximum(1, np.floor(share * counts_Q)).astype(np.int64)
-    sums_QT = np.nancumsum(np.sort(token_logprobs_QT, axis=1), axis=1)  # NaN sorts to the end
-    return np.asarray(sums_QT[np.arange(len(taken_Q)), taken_Q - 1] / taken_Q, dtype=np.float64)
+    return mean_of_lowest(token_logprobs_QT, share)

@@ -85,3 +85,23 @@ def token_statistics(logits_TV: Floats, tokens_T: np.ndarray) -> tuple[Floats, F
     means = (weights * logprobs).sum(axis=1)
     variances = (weights * np.square(logprobs - means[:, None])).sum(axis=1)
     return logprobs[np.arange(len(tokens_T)), tokens_T], means, np.sqrt(variances)
+
+
+def mean_of_lowest(scores_QT: Floats, share: float) -> Floats:
+    """Return the mean of the lowest ``share`` of each text's token scores [Q].
+
+    Args:
+        scores_QT: NaN after a text's end.
+        share: Of the tokens; at least one is taken.
+
+    Raises:
+        ConfigError: If a text has no token, or ``share`` is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"Expected a share of tokens in (0, 1], got {share}.")
+    counts_Q = (~np.isnan(scores_QT)).sum(axis=1)
+    if (counts_Q == 0).any():
+        raise ConfigError(f"Text {int(np.argmin(counts_Q))} has no token to score.")
+    taken_Q = np.maximum(1, np.floor(share * counts_Q)).astype(np.int64)
+    sums_QT = np.nancumsum(np.sort(scores_QT, axis=1), axis=1)  # NaN sorts to the end
+    return np.asarray(sums_QT[np.arange(len(taken_Q)), taken_Q - 1] / taken_Q, dtype=np.float64)
