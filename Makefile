@@ -1,7 +1,7 @@
 # What a newcomer and a developer type. Needs GNU make, git and Python 3.11 or newer; everything else goes into .venv.
 #
 #   make demo                      set up, then train the demo and write its report
-#   make test                      set up, then run every test
+#   make test                      set up, then run the tests (all but those of minutes each)
 #
 # Variables: PYTHON=python3.12  VENV=.venv  PRESET=demo  JOBS=2 (test processes)  PIP_ARGS="..." (for pip install)
 
@@ -29,9 +29,9 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 help:
 	@echo "make demo    set up, train the demo (PRESET=$(PRESET)) and write its report"
-	@echo "make test    set up and run every test"
+	@echo "make test    set up and run the tests, all but those of minutes each"
 	@echo "make flower-demo  the demo with four sites over Flower, on this machine"
-	@echo "make test-long   the tests that take more than a minute each"
+	@echo "make test-long   the tests that take minutes each"
 	@echo "make check   everything a change has to pass: style, types, imports, tests, docs"
 	@echo "make docs    build the documentation into site/"
 	@echo "make bench   run every benchmark"
@@ -80,7 +80,7 @@ flower-demo: setup
 	PRIVFED=$(BIN)/privfed PYTHON=$(BIN)/python benchmarks/flower_demo.sh runs/flower-demo
 
 test: $(TEST_STAMP) browser
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "not long"
 
 # deployments over bad networks and Flower's own command: minutes each
 test-long: $(TEST_STAMP)
