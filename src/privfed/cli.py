@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from privfed.deployment.commands import commands
+from privfed.command_line import CONTEXT, Group, Root, json_option, log, run_body, say, set_option, source_argument
+from privfed.deployment.commands import COMMANDS
 
 if TYPE_CHECKING:
     from privfed.config import RunConfig
     from privfed.types import View
 
 UNCHECKED = "; its model is not here, or reads its weights to tell: whether the tuning fits it, a run will say"
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, errors included.")
-set_option = click.option(
-    "-s", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. -s tuning.r=16."
-)
-
-
-def _sources(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Return what a shell offers for a run: presets, then files."""
-    from importlib.resources import files
-
-    names = sorted(path.name.removesuffix(".toml") for path in files("privfed").joinpath("presets").iterdir())
-    return [
-        *map(CompletionItem, (n for n in names if n.startswith(incomplete))),
-        CompletionItem(incomplete, type="file"),
-    ]
 
 
 def _kinds(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -43,39 +26,7 @@ def _kinds(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> lis
     return [CompletionItem(name) for name in (*KINDS, "combinations") if name.startswith(incomplete)]
 
 
-source_argument = click.argument("source", metavar="RUN.TOML|PRESET", shell_complete=_sources)
-
-
-class _Group(click.Group):
-    """A group that suggests the nearest command and ends with privfed's exit codes."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            from privfed.errors import nearest
-
-            hint = nearest(args[0], self.list_commands(ctx)) if args else ""
-            raise click.UsageError(f"{error.message}{hint}", ctx=ctx) from error
-
-
-class _Root(_Group):
-    """The whole command line: with ``--json`` a usage error is one object on stdout like any other."""
-
-    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        given = sys.argv[1:] if args is None else list(args)
-        try:
-            return super().main(args, *rest, **{**options, "standalone_mode": False})
-        except click.ClickException as error:
-            if "--json" in given:
-                _fail(error.format_message(), type(error).__name__, error.exit_code, as_json=True)
-            error.show()
-            sys.exit(error.exit_code)
-        except click.Abort:
-            _fail("Stopped.", "Interrupted", 1, "--json" in given)
-
-
-@click.group(cls=_Root, context_settings=CONTEXT)
+@click.group(cls=Root, context_settings=CONTEXT)
 @click.version_option(package_name="privfed")
 def main() -> None:
     """Fine-tune one model across clients that keep their data, under a privacy budget.
@@ -109,10 +60,10 @@ def train(
         with make_progress() as progress:
             result = run(config, out=folder, resume=resume, progress=progress)
         receipt = result.receipt or {}
-        _say(as_json, *summarise(receipt, result.path))
+        say(as_json, *summarise(receipt, result.path))
         return {"folder": str(result.path), "receipt": receipt}
 
-    _run(body, as_json)
+    run_body(body, as_json)
 
 
 @main.command()
@@ -126,11 +77,11 @@ def pretrain(recipe: str, settings: tuple[str, ...], out: Path, as_json: bool) -
     def body() -> dict[str, Any]:
         from privfed.pretrain import pretrain as run
 
-        found = run(recipe, settings, out=out, say=_log)
-        _say(as_json, f"Saved to {found['folder']}: use it with -s model.name={found['folder']}")
+        found = run(recipe, settings, out=out, say=log)
+        say(as_json, f"Saved to {found['folder']}: use it with -s model.name={found['folder']}")
         return found
 
-    _run(body, as_json)
+    run_body(body, as_json)
 
 
 @main.command()
@@ -162,12 +113,12 @@ def report(folder: Path, check: bool, key: Path | None, sign_key: Path | None, n
             public = make_key(sign_key) if new_key else None
             write_receipt(folder / "receipt.json", signed(receipt, sign_key))
             signer = fingerprint(read_receipt(folder / "receipt.json"))
-            _say(as_json, f"Signed by the key {signer}{f'; its public half is {public}' if public else ''}")
+            say(as_json, f"Signed by the key {signer}{f'; its public half is {public}' if public else ''}")
         path = write_report(folder)
-        _say(as_json, str(path))
+        say(as_json, str(path))
         return {"report": str(path), "signed_by": signer}
 
-    _run(body, as_json)
+    run_body(body, as_json)
 
 
 @main.command()
@@ -193,12 +144,12 @@ def audit(folder: Path, attacks: str | None, view: View | None, clients: int, as
         from privfed_audits.auditing import contradiction, lines
 
         names = None if attacks is None else [name.strip() for name in attacks.split(",") if name.strip()]
-        found = run(folder, attacks=names, view=view, clients=clients, say=_log)
-        _say(as_json, *lines(found))
+        found = run(folder, attacks=names, view=view, clients=clients, say=log)
+        say(as_json, *lines(found))
         sentence = contradiction(found)
         return found if sentence is None else {**found, "ok": False, "exit_code": 4, "message": sentence}
 
-    _run(body, as_json)
+    run_body(body, as_json)
 
 
 @main.command()
@@ -225,13 +176,13 @@ def curves(
         from privfed_audits.grids.command import lines
 
         folder = out or Path("runs") / f"curves-{Path(source).name.removesuffix('.toml')}"
-        found = run(source, out=folder, settings=settings, resume=resume, jobs=jobs, constraints=recommend, say=_log)
-        _say(as_json, *lines(found))
+        found = run(source, out=folder, settings=settings, resume=resume, jobs=jobs, constraints=recommend, say=log)
+        say(as_json, *lines(found))
         wrong = "; ".join(found["contradicted"])
         sentence = f"An audit proves more than is promised of {wrong}."
         return {**found, "ok": False, "exit_code": 4, "message": sentence} if wrong else found
 
-    _run(body, as_json)
+    run_body(body, as_json)
 
 
 @main.command()
@@ -247,10 +198,10 @@ def export(folder: Path, out: Path, merge: bool, as_json: bool) -> None:
         from privfed.export import lines
 
         found = write(folder, out, merge=merge)
-        _say(as_json, *lines(found))
+        say(as_json, *lines(found))
         return found
 
-    _run(body, as_json)
+    run_body(body, as_json)
 
 
 @main.command()
@@ -272,10 +223,10 @@ def budget(source: str, settings: tuple[str, ...], clients: int | None, shard_si
 
         config, both = load_budget_config(source, settings)
         found = answer(config, both=both, clients=clients, shard_size=shard_size)
-        _say(as_json, *lines(found))
+        say(as_json, *lines(found))
         return found
 
-    _run(body, as_json)
+    run_body(body, as_json)
 
 
 @main.command()
@@ -292,10 +243,10 @@ def ledger(path: Path, verify: bool, delta: float | None, set_cap: float | None,
         from privfed.ledger_view import lines, overview
 
         found = overview(path, verify=verify, delta=delta, set_cap=set_cap, unit=unit)
-        _say(as_json, *lines(found))
+        say(as_json, *lines(found))
         return found
 
-    _run(body, as_json)
+    run_body(body, as_json)
 
 
 @main.command("ls")
@@ -316,7 +267,7 @@ def ls(kind: str | None, only: tuple[str, ...], refused: bool, as_json: bool) ->
             matrix = text.selected(only)
             if as_json:
                 return text.record(matrix)
-            _say(as_json, *text.lines(matrix, refused=refused))
+            say(as_json, *text.lines(matrix, refused=refused))
             return {}
         if only or refused:
             raise click.UsageError("--only and --refused belong to `privfed ls combinations`.")
@@ -327,13 +278,13 @@ def ls(kind: str | None, only: tuple[str, ...], refused: bool, as_json: bool) ->
             from privfed_audits.listing import attacks
 
             found = {**found, "attacks": attacks()}
-        _say(as_json, *lines(found))
+        say(as_json, *lines(found))
         return found
 
-    _run(body, as_json)
+    run_body(body, as_json)
 
 
-@main.group(cls=_Group)
+@main.group(cls=Group)
 def config() -> None:
     """Show, validate and compare configurations."""
 
@@ -348,20 +299,21 @@ def config_show(source: str, settings: tuple[str, ...], cost: bool, length: int 
     """Print the resolved configuration, every default included; with --cost what its masked sums cost."""
 
     def body() -> dict[str, Any]:
+        from privfed.config import load_config
         from privfed.tuning import check
 
-        found = _config(source, settings)
+        found = load_config(source, settings)
         check(found.tuning, found.model.task)
         if cost:
             from privfed.federation.cost import run_cost
 
             costs = run_cost(found, length=length)
-            _say(as_json, *costs.pop("lines"))
+            say(as_json, *costs.pop("lines"))
             return costs
-        _say(as_json, found.to_toml().rstrip())
+        say(as_json, found.to_toml().rstrip())
         return found.to_dict()
 
-    _run(body, as_json)
+    run_body(body, as_json)
 
 
 @config.command("validate")
@@ -372,15 +324,16 @@ def config_validate(source: str, settings: tuple[str, ...], as_json: bool) -> No
     """Exit 0 if the configuration can hold, 2 with the reason if not."""
 
     def body() -> dict[str, Any]:
+        from privfed.config import load_config
         from privfed.tuning import check
 
-        found = _config(source, settings)
+        found = load_config(source, settings)
         check(found.tuning, found.model.task)
         fits = _fits(found)
-        _say(as_json, f"{source} is valid (digest {found.digest()[:12]}){'' if fits else UNCHECKED}")
+        say(as_json, f"{source} is valid (digest {found.digest()[:12]}){'' if fits else UNCHECKED}")
         return {"valid": True, "digest": found.digest(), "model_checked": fits}
 
-    _run(body, as_json)
+    run_body(body, as_json)
 
 
 @config.command("diff")
@@ -391,13 +344,13 @@ def config_diff(left: str, right: str, as_json: bool) -> None:
     """Print the keys in which two configurations (files, presets) differ."""
 
     def body() -> dict[str, Any]:
-        from privfed.config import differences
+        from privfed.config import differences, load_config
 
-        found = differences(_config(left, ()), _config(right, ()))
-        _say(as_json, *(found or ["no difference"]))
+        found = differences(load_config(left), load_config(right))
+        say(as_json, *(found or ["no difference"]))
         return {"differences": found}
 
-    _run(body, as_json)
+    run_body(body, as_json)
 
 
 def _verified(folder: Path, key: Path | None, as_json: bool) -> dict[str, Any]:
@@ -405,11 +358,11 @@ def _verified(folder: Path, key: Path | None, as_json: bool) -> dict[str, Any]:
     from privfed.report.verify import verify
 
     found = verify(folder, key=key)
-    _say(as_json, *(found.mismatches or [f"Verified: {', '.join(found.checked)}."]))
+    say(as_json, *(found.mismatches or [f"Verified: {', '.join(found.checked)}."]))
     for view, value in found.epsilon.items():
-        _say(as_json, f"{view}: epsilon {value:.6g}")
+        say(as_json, f"{view}: epsilon {value:.6g}")
     if found.signed_by and key is None:
-        _say(as_json, f"Signed by the key {found.signed_by}; whose that is, --key would tell.")
+        say(as_json, f"Signed by the key {found.signed_by}; whose that is, --key would tell.")
     return {
         "ok": not found.mismatches,
         "exit_code": found.exit_code,
@@ -439,51 +392,7 @@ def _fits(config: RunConfig) -> bool:
     return check_structure(config)
 
 
-def _config(source: str, settings: tuple[str, ...]) -> RunConfig:
-    from privfed.config import load_config
-
-    return load_config(source, settings)
-
-
-def _say(as_json: bool, *lines: str) -> None:
-    if not as_json:
-        for line in lines:
-            click.echo(line)
-
-
-def _log(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _run(body: Callable[[], Mapping[str, Any]], as_json: bool) -> None:
-    """Run a command's body; turn privfed's errors into one sentence and its exit code."""
-    from privfed.errors import PrivfedError
-
-    try:
-        found = body()
-    except PrivfedError as error:
-        _fail(str(error), type(error).__name__, error.exit_code, as_json)
-    except KeyboardInterrupt:
-        _fail("Stopped. Continue a run with --resume.", "Interrupted", 1, as_json)
-    except BrokenPipeError:
-        sys.exit(1)
-    if as_json:
-        click.echo(json.dumps(found, indent=1, allow_nan=False))
-    if found.get("ok") is False:
-        if "message" in found and not as_json:
-            click.echo(f"Error: {found['message']}", err=True)
-        sys.exit(int(found.get("exit_code", 1)))
-
-
-def _fail(message: str, kind: str, code: int, as_json: bool) -> NoReturn:
-    if as_json:
-        click.echo(json.dumps({"error": {"kind": kind, "message": message, "exit_code": code}}, indent=1))
-    else:
-        click.echo(f"Error: {message}", err=True)
-    sys.exit(code)
-
-
-for _command in commands(_run, set_option, json_option):
+for _command in COMMANDS:
     main.add_command(_command)
 
 if __name__ == "__main__":
