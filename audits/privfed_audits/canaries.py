@@ -182,8 +182,8 @@ def _projected(seen: Sequence[Observation], given: Given, owners_M: Sequence[str
     owners = np.array(owners_M)
     for each in seen:
         row, update_D = numbers.index(each.round), each.flat()
-        own = slice(None) if each.source is None else owners == each.source
-        along_RM[row, own] = along(update_D, given)[own]
+        own = np.arange(len(owners)) if each.source is None else np.flatnonzero(owners == each.source)
+        along_RM[row, own] = along(update_D, given, own)
         spread_RM[row, own] = spread_of(update_D, given, each.layout)[own]
     return along_RM, spread_RM
 

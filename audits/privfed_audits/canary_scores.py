@@ -21,9 +21,9 @@ Floats = NDArray[np.float64]
 _TINY = 1e-9
 
 
-def along(update_D: NDArray[np.floating[Any]], given: Given) -> Floats:
-    """Return minus the update's component along each given gradient [M]: a step goes against the gradient."""
-    return -given.components(update_D)
+def along(update_D: NDArray[np.floating[Any]], given: Given, rows: NDArray[np.int64] | None = None) -> Floats:
+    """Return minus the update's component along each gradient, or those of ``rows`` [M]: a step goes against it."""
+    return -given.components(update_D, rows)
 
 
 def spread_of(update_D: NDArray[np.floating[Any]], given: Given, layout: ParamLayout) -> Floats:

@@ -54,9 +54,12 @@ class GivenGradients:
         value: torch.Tensor = tensors[self.tensors_M[number]].reshape(-1)[int(self.places_M[number])]
         return value * float(self.values_M[number])
 
-    def components(self, vector_D: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """Return a vector's component along each gradient [M]."""
-        return np.asarray(vector_D[self.flat_M] * np.sign(self.values_M), dtype=np.float64)
+    def components(
+        self, vector_D: NDArray[np.floating[Any]], rows: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float64]:
+        """Return a vector's component along each gradient, or along those of ``rows`` [M]."""
+        chosen = slice(None) if rows is None else rows
+        return np.asarray(vector_D[self.flat_M[chosen]] * np.sign(self.values_M[chosen]), dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +93,11 @@ class RandomDirections:
         products = [(tensor.reshape(-1) * part.to(tensor)).sum() for tensor, part in zip(tensors, parts, strict=True)]
         return torch.stack(products).sum()
 
-    def components(self, vector_D: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """Return a vector's component along each gradient [M]."""
-        return np.array([float(self.direction(number) @ vector_D) for number in range(len(self))])
+    def components(
+        self, vector_D: NDArray[np.floating[Any]], rows: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float64]:
+        """Return a vector's component along each gradient, or along those of ``rows``: each is made anew [M]."""
+        return np.array([float(self.direction(n) @ vector_D) for n in (range(len(self)) if rows is None else rows)])
 
 
 Given = GivenGradients | RandomDirections
