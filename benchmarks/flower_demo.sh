@@ -12,6 +12,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 privfed=${PRIVFED:-.venv/bin/privfed}; python=${PYTHON:-.venv/bin/python}
 port=${PORT:-9092}; sites=${SITES:-4}; preset=${PRESET:-demo}; deadline=${DEADLINE_S:-600}
 privfed=$(realpath -s "$privfed"); python=$(realpath -s "$python")
+# five processes that each took every core would wait for one another
+threads=$(($(nproc) / (sites + 1))); export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 mkdir -p "$folder"; cd "$folder"
 "$privfed" config show "$preset" -s partition.clients="$sites" -s privacy.reproducible_noise=true \
   -s client.deadline_s="$deadline" "$@" > run.toml
