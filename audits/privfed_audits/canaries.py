@@ -8,7 +8,7 @@ Shape suffixes: R observations, M canaries, Q queries, D trained values.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from privfed.config import RunConfig
+from privfed.data.dataset import taken
 from privfed.errors import ConfigError
 from privfed.federation import workbench
-from privfed.federation.canaries import Canaries, expected
+from privfed.federation.canaries import Canaries, canaries_of, expected
 from privfed.federation.checkpoint import load_checkpoint
 from privfed.federation.local import ExampleDp, LocalTrainer
 from privfed.federation.material import Material
@@ -74,16 +75,14 @@ class Scene:
     @property
     def canaries(self) -> Canaries:
         """The canaries, without their coins."""
-        if self.material.canaries is None:
-            raise ConfigError("This run has no canaries.")
-        return self.material.canaries
+        return canaries_of(self.material)
 
     def few(self) -> workbench.Workbench:
         """Return the model, the queries and the population as examples; made once."""
         if not self._few:
             data: Any = self.material.dataset
             some = np.unique(np.linspace(0, len(data.test) - 1, min(_POPULATION, len(data.test))).astype(np.int64))
-            few = replace(data, train=_taken(data.train, self.queries), test=_taken(data.test, some))
+            few = replace(data, train=taken(data.train, self.queries), test=taken(data.test, some))
             material = replace(self.material, dataset=few, canaries=None)
             self._few.append(workbench.build(self.config, material, Silent(), self.shared))
         return self._few[0]
@@ -160,7 +159,7 @@ def _direct(scene: Scene, view: View, say: Say) -> dict[str, Floats]:
     """Return scores of canaries with given gradients: they are read off the updates."""
     model, start_D = scene.start()
     layout = layout_of(model)
-    given = workbench.given_of(scene.config, layout, scene.canaries)
+    given = workbench.given_of(scene.config, layout, scene.material, scene.shared)
     if scene.transcript is None:
         change_D = scene.final().params_D - start_D  # all that a run without a transcript shows of its training
         return scores_of(along(change_D, given)[None], spread_of(change_D, given, layout)[None])
@@ -326,19 +325,6 @@ def asked(module: nn.Module, queries: Any) -> Evidence:
 def sufficient(evidence: Evidence) -> tuple[str, ...]:
     """Return the attacks that need no more than this evidence."""
     return tuple(name for name, attack in MEMBERSHIP.items() if not attack.missing(evidence))
-
-
-def _taken(split: Any, rows: NDArray[np.int64]) -> Any:
-    """Return these records of a split, of whatever kind."""
-    return replace(split, **{each.name: _picked(getattr(split, each.name), rows) for each in fields(split)})
-
-
-def _picked(value: Any, rows: NDArray[np.int64]) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, Mapping):
-        return {name: _picked(column, rows) for name, column in value.items()}
-    return value[rows] if isinstance(value, np.ndarray) else tuple(value[row] for row in rows)
 
 
 class Part:

@@ -66,8 +66,8 @@ class AuditConfig(Table):
         canaries: Plant so many canaries, each in the training data by the toss of a coin; 0 for none. ``privfed audit``
             then bounds epsilon from below by how well the coins can be told. *The model has seen made-up records*.
         canary: What a canary is: a ``mislabelled`` record, a text of ``rare_token`` words, or a record whose
-            gradient is given: of one value (``gradient``) or along a ``random_direction`` (under unit ``client``: a
-            client with such a record).
+            gradient is given: of one value (``gradient``), along a ``random_direction`` or an ``optimised_direction``
+            (under unit ``client``: a client with such a record).
     """
 
     record: bool = False

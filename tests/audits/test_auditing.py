@@ -184,7 +184,7 @@ def test_records_through_the_model_are_bounded_too(tiny_config, tmp_path, canary
     assert all(0 <= auc <= 1 for auc in found["views"]["individual"]["attacks"].values())
 
 
-@pytest.mark.parametrize("canary", ["gradient", "random_direction"])
+@pytest.mark.parametrize("canary", ["gradient", "random_direction", "optimised_direction"])
 def test_clients_as_canaries_under_client_level_privacy(tiny_config, tmp_path, canary):
     config = canary_run(
         tiny_config,

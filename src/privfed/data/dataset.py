@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -115,6 +115,20 @@ class TextDataset:
     source: str
     notes: tuple[str, ...] = ()
     kind: Form = "text"
+
+
+def taken(split: Any, rows: NDArray[np.int64]) -> Any:
+    """Return these records of a split, of whatever kind."""
+    found = {each.name: _picked(getattr(split, each.name), rows) for each in fields(split)}
+    return replace(split, **found)
+
+
+def _picked(value: Any, rows: NDArray[np.int64]) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {name: _picked(column, rows) for name, column in value.items()}
+    return value[rows] if isinstance(value, np.ndarray) else tuple(value[row] for row in rows)
 
 
 def digest_of(texts: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from privfed.data import check_shards
 from privfed.data.canaries import CANARIES, Loss
 from privfed.data.sharding import client_ids
-from privfed.errors import ResumeError
+from privfed.errors import ConfigError, ResumeError
 from privfed.federation.material import Material, divided, gather
 from privfed.federation.shared import NOTHING, SharedWork
 from privfed.files import write_atomic
@@ -58,6 +58,17 @@ class Canaries:
 
     def __len__(self) -> int:
         return len(self.rows_M)
+
+
+def canaries_of(material: Material) -> Canaries:
+    """Return the canaries of planted material.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    if material.canaries is None:
+        raise ConfigError("This run has no canaries.")
+    return material.canaries
 
 
 def toss(folder: Path, config: RunConfig, *, started: bool) -> Bits:

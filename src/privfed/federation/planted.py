@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from privfed.errors import ModelError
-from privfed.tuning.layout import trained
+from privfed.privacy.per_example import PerExampleModel
+from privfed.tuning.layout import layout_of, trained
 from privfed.types import Float32, ParamLayout
 
 if TYPE_CHECKING:
@@ -98,6 +99,23 @@ class RandomDirections:
     ) -> NDArray[np.float64]:
         """Return a vector's component along each gradient, or along those of ``rows``: each is made anew [M]."""
         return np.array([float(self.direction(n) @ vector_D) for n in (range(len(self)) if rows is None else rows)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimisedDirections(RandomDirections):
+    """Random directions without their part in the span of mock gradients: orthogonal to what such records send.
+
+    Attributes:
+        span_KD: Orthonormal rows that span the mock gradients.
+    """
+
+    span_KD: Float32 = field(repr=False)
+
+    def direction(self, number: int) -> Float32:
+        """Return a unit vector [D]."""
+        found_D = RandomDirections.direction(self, number)
+        found_D -= (self.span_KD @ found_D) @ self.span_KD
+        return np.asarray(found_D / np.linalg.norm(found_D), dtype=np.float32)
 
 
 Given = GivenGradients | RandomDirections
@@ -211,6 +229,47 @@ def random_directions(layout: ParamLayout, count: int, clip: float, rng: np.rand
         )
     seeds_M = rng.integers(0, 2**63, size=count, dtype=np.uint64)
     return RandomDirections(seeds_M=seeds_M, norm=BEYOND * clip, size=layout.size)
+
+
+def optimised_directions(
+    layout: ParamLayout, count: int, clip: float, rng: np.random.Generator, mock_KD: Float32
+) -> OptimisedDirections:
+    """Return ``count`` gradients along random directions that are orthogonal to mock gradients.
+
+    Args:
+        layout: The trained tensors.
+        count: How many.
+        clip: The norm that each is to have after clipping.
+        rng: Draws the directions' seeds.
+        mock_KD: Gradients of records like those of ordinary clients.
+
+    Raises:
+        ModelError: As :func:`random_directions`, or if the mock gradients leave no direction.
+    """
+    found = random_directions(layout, count, clip, rng)
+    _, sizes_K, span_KD = np.linalg.svd(mock_KD, full_matrices=False)
+    span_KD = span_KD[sizes_K > 1e-6 * max(float(sizes_K[0]), 1e-30)]
+    if 2 * len(span_KD) > layout.size:
+        raise ModelError(
+            f'audit.canary = "optimised_direction" leaves out what {len(mock_KD)} records send, which is most of the '
+            f'{layout.size} values that this tuning trains: use "random_direction".'
+        )
+    return OptimisedDirections(seeds_M=found.seeds_M, norm=found.norm, size=found.size, span_KD=span_KD)
+
+
+def example_gradients(module: nn.Module, examples: Examples, size: int = 8) -> Float32:
+    """Return each example's gradient by all that is trained, flat [N, D]."""
+    from privfed.models.examples import losses, microbatches
+
+    module.eval()
+    model, found = PerExampleModel(module), np.empty((len(examples), layout_of(module).size), dtype=np.float32)
+    try:
+        for rows in microbatches(examples, np.arange(len(examples)), size):
+            parts = model.gradients(lambda m, b: losses(examples, m, b), examples.batch(rows), len(rows))
+            found[rows] = torch.cat([part.flatten(1) for part in parts], dim=1).float().cpu().numpy()
+    finally:
+        model.close()
+    return found
 
 
 def _evenly(room: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -5,16 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import nn
 
 from privfed.config import RunConfig
 from privfed.data import AnySplit
 from privfed.data.canaries import CANARIES
+from privfed.data.dataset import taken
 from privfed.errors import ModelError
-from privfed.federation.canaries import Canaries
+from privfed.federation.canaries import canaries_of
 from privfed.federation.material import Material
 from privfed.federation.phases import TRAIN, WARM_START, phases
-from privfed.federation.planted import Given, PlantedExamples, given_gradients, random_directions
+from privfed.federation.planted import (
+    Given,
+    PlantedExamples,
+    example_gradients,
+    given_gradients,
+    optimised_directions,
+    random_directions,
+)
 from privfed.federation.shared import NOTHING, SharedWork
 from privfed.models.examples import Examples, FeatureExamples, LabelledExamples, ModelExamples
 from privfed.models.language import LanguageExamples, packs_are_apart
@@ -23,13 +32,14 @@ from privfed.models.prefix import attach, find_prefix
 from privfed.rng import experiment_rng, experiment_seed
 from privfed.tuning import TUNINGS, TunedModel
 from privfed.tuning.layout import layout_of
-from privfed.types import ParamLayout
+from privfed.types import Float32, ParamLayout
 
 if TYPE_CHECKING:
     from privfed.federation.progress import Progress
 
 # no tensor's name starts like this
 _NO_HEAD = " "
+MOCK_RECORDS, MOCK_VALUES = 64, 1 << 26  # of optimised canaries: records at most, and values of their gradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +97,7 @@ def build(
         _cache_frozen(bench, config.model.cache_frozen_gib, progress)
     if material.canaries is None or material.canaries.loss == "model":
         return bench
-    return replace(bench, planted=planted(config, bench, material.canaries))
+    return replace(bench, planted=planted(config, bench, material))
 
 
 def _packing(bench: Workbench, progress: Progress) -> str:
@@ -106,25 +116,41 @@ def _packing(bench: Workbench, progress: Progress) -> str:
     return note
 
 
-def planted(config: RunConfig, bench: Workbench, canaries: Canaries) -> PlantedExamples:
+def planted(config: RunConfig, bench: Workbench, material: Material) -> PlantedExamples:
     """Return the training examples with the canaries' given gradients.
 
     Raises:
+        ConfigError: If there are no canaries.
         ModelError: If there are more canaries than values for them.
     """
-    gradients = given_of(config, layout_of(bench.tuned.model), canaries)
-    return PlantedExamples(bench.train, int(canaries.rows_M[0]), gradients)
+    gradients = given_of(config, layout_of(bench.tuned.model), material, bench.shared)
+    return PlantedExamples(bench.train, int(canaries_of(material).rows_M[0]), gradients)
 
 
-def given_of(config: RunConfig, layout: ParamLayout, canaries: Canaries) -> Given:
-    """Return the gradients that a run's canaries are given; they follow from its seed, and are no secret.
+def given_of(config: RunConfig, layout: ParamLayout, material: Material, shared: SharedWork = NOTHING) -> Given:
+    """Return the gradients that a run's canaries are given; they follow from its seed and public parts, no secret.
 
     Raises:
+        ConfigError: If there are no canaries.
         ModelError: If there are more canaries than values for them.
     """
-    rng = experiment_rng(config.seed, "canaries", "values")
-    make = random_directions if CANARIES.get(canaries.kind).dense else given_gradients
-    return make(layout, len(canaries), config.privacy.l2_clip_norm, rng)
+    canaries = canaries_of(material)
+    rng, clip = experiment_rng(config.seed, "canaries", "values"), config.privacy.l2_clip_norm
+    kind = CANARIES.get(canaries.kind)
+    if kind.gradient == "optimised":
+        return optimised_directions(layout, len(canaries), clip, rng, _mock_gradients(config, material, shared))
+    make = random_directions if kind.gradient == "random" else given_gradients
+    return make(layout, len(canaries), clip, rng)
+
+
+def _mock_gradients(config: RunConfig, material: Material, shared: SharedWork) -> Float32:
+    """Return the gradients of some test records at the model that training starts from [K, D]."""
+    loaded, tuned = load_tuned(config, material, shared)
+    split, size = material.dataset.test, layout_of(tuned.model).size
+    count = max(1, min(MOCK_RECORDS, MOCK_VALUES // size, len(split)))
+    rows = np.unique(np.linspace(0, len(split) - 1, count).astype(np.int64))
+    examples: ModelExamples = shared.examples(taken(split, rows), material.dataset.kind, loaded, config.model)
+    return example_gradients(tuned.model, examples)
 
 
 def load_tuned(config: RunConfig, material: Material, shared: SharedWork = NOTHING) -> tuple[LoadedModel, TunedModel]:

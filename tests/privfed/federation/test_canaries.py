@@ -11,10 +11,18 @@ import torch
 
 from privfed.data.canaries import CANARIES
 from privfed.errors import ConfigError, DataError, ModelError, ResumeError
-from privfed.federation import canaries
+from privfed.federation import canaries, workbench
 from privfed.federation.material import gather
-from privfed.federation.planted import BEYOND, given_gradients, random_directions
+from privfed.federation.planted import (
+    BEYOND,
+    example_gradients,
+    given_gradients,
+    optimised_directions,
+    random_directions,
+)
+from privfed.federation.progress import Silent
 from privfed.run import train
+from privfed.tuning.layout import layout_of
 from privfed.types import ParamLayout
 
 COUNT = 40
@@ -167,6 +175,41 @@ def test_random_directions_are_what_autograd_gives():
     assert 0.7 < others.std() * np.sqrt(layout.size) < 1.3
     with pytest.raises(ModelError, match="250 or fewer"):
         random_directions(layout, 251, 0.5, np.random.default_rng(1))
+
+
+def test_optimised_directions_have_no_part_of_mock_gradients():
+    layout = ParamLayout(names=("a", "b"), shapes=((40, 10), (100,)), digest="")
+    rng = np.random.default_rng(2)
+    mock_KD = rng.standard_normal((30, layout.size)).astype(np.float32)
+    mock_KD[20:] = mock_KD[:10] + mock_KD[10:20]  # records that say what others say: rank 20
+    found = optimised_directions(layout, 50, 0.5, np.random.default_rng(1), mock_KD)
+    plain = random_directions(layout, 50, 0.5, np.random.default_rng(1))
+    assert len(found.span_KD) == 20
+    own = np.abs([found.components(row_D) for row_D in mock_KD]).max()
+    assert own < 1e-3 < 0.1 < np.abs([plain.components(row_D) for row_D in mock_KD]).max()
+    assert [np.linalg.norm(found.direction(n)) for n in range(3)] == pytest.approx([1.0] * 3, rel=1e-5)
+    products = np.array([found.components(found.direction(n)) for n in range(50)])
+    np.fill_diagonal(products, 0.0)
+    assert np.abs(products).max() < 5 / np.sqrt(layout.size)
+    with pytest.raises(ModelError, match='use "random_direction"'):
+        many = rng.standard_normal((400, layout.size)).astype(np.float32)
+        optimised_directions(layout, 50, 0.5, np.random.default_rng(1), many)
+
+
+def test_optimised_canaries_are_orthogonal_to_the_test_records_of_the_run(config):
+    found = config("optimised_direction", 20, head_warm_start={"name": "none"})
+    material = canaries.expected(found)
+    bench = workbench.build(found, material, Silent())
+    layout = layout_of(bench.tuned.model)
+    given = workbench.given_of(found, layout, material)
+    rows_ND = example_gradients(bench.tuned.model, bench.test)
+    used = np.unique(np.linspace(0, len(bench.test) - 1, min(workbench.MOCK_RECORDS, len(bench.test))).astype(int))
+    norms_N = np.linalg.norm(rows_ND, axis=1)
+    assert norms_N.min() > 0
+    shares_N = np.array([np.abs(given.components(row_D)).max() for row_D in rows_ND]) / norms_N
+    assert shares_N[used].max() < 1e-4
+    again = workbench.given_of(found, layout, material)
+    assert np.array_equal(again.direction(7), given.direction(7))
 
 
 @pytest.mark.parametrize(

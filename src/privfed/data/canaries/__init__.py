@@ -23,6 +23,7 @@ from privfed.types import Task, Unit
 
 Rows = NDArray[np.int64]
 Loss = Literal["model", "direct"]
+Gradient = Literal["value", "random", "optimised"]
 D = TypeVar("D", bound=Any)
 
 
@@ -54,14 +55,15 @@ class CanaryKind:
         units: The privacy units whose loss it can show: an ``example`` is a record, a ``client`` one with nothing else.
         loss: ``model``: the record's loss is the model's; ``direct``: its gradient is given
             (``privfed.federation.planted``).
-        dense: Whether a given gradient is a random direction over all trained values, and not one of them.
+        gradient: What a given gradient is: one trained ``value``, a ``random`` direction over all of them, or one that
+            is ``optimised`` to be like no other record's.
     """
 
     make: Make
     tasks: tuple[Task, ...]
     units: tuple[Unit, ...] = ("example",)
     loss: Loss = "model"
-    dense: bool = False
+    gradient: Gradient = "value"
 
 
 CANARIES: Registry[CanaryKind] = Registry("canary", "privfed.data.canaries")

@@ -16,6 +16,6 @@ CANARIES.register("random_direction")(
         tasks=("sequence_classification", "causal_lm", "image_classification"),
         units=("example", "client"),
         loss="direct",
-        dense=True,
+        gradient="random",
     )
 )
