@@ -280,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=["theory", "shadows"], help="theory, shadows, head, lora")
     parser.add_argument("--trials", type=int, default=4000, help="steps of theory")
-    parser.add_argument("--models", type=int, default=34)
+    parser.add_argument("--models", type=int, default=64)
     parser.add_argument("--examples", type=int, help="queries of shadows")
     parser.add_argument("--steps", type=int, help="of each shadow")
     options = parser.parse_args()
