@@ -232,6 +232,12 @@ def test_the_subspace_attack_finds_a_text_where_there_is_no_noise(play: Play) ->
     assert scores["exact"] == 1.0
 
 
+def test_nothing_is_near_a_span_of_which_nothing_was_sent() -> None:
+    from privfed_attacks.text.subspace import SoftSpan
+
+    assert SoftSpan([]).distance(torch.randn(2, 3, 8)).tolist() == [[1.0] * 3] * 2  # a coarse codec rounds it all away
+
+
 def test_the_subspace_attack_bends_under_quantisation_and_does_not_break(play: Play) -> None:
     seen, model, truth, setting = play({"name": "full"}, count=1)
     largest = max(float(np.abs(value).max()) for name, value in seen[0].payload.items() if "layer.0.attention" in name)

@@ -43,7 +43,9 @@ class SoftSpan:
         self.basis_dk = torch.from_numpy(np.ascontiguousarray(right.T)).float()
 
     def distance(self, x: torch.Tensor) -> torch.Tensor:
-        """Return squared distances over squared lengths of vectors [..., d]."""
+        """Return squared distances over squared lengths of vectors [..., d]; 1 where nothing was sent."""
+        if not self.weights_k.numel():
+            return torch.ones(x.shape[:-1])
         size = (x**2).sum(-1).clamp_min(1e-12)
         return 1 - (((x @ self.basis_dk) ** 2) * self.weights_k).sum(-1) / size
 
