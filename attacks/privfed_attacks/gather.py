@@ -19,7 +19,7 @@ from torch import nn
 from privfed.errors import ConfigError
 from privfed.models.examples import Batch, Examples, losses, microbatches
 from privfed.models.language import IGNORED
-from privfed.privacy.per_example import PerExampleModel
+from privfed.privacy.per_example import flat_gradients
 from privfed_attacks.membership import Evidence
 from privfed_attacks.membership.signals import token_statistics
 from privfed_attacks.observation import Observation
@@ -151,22 +151,15 @@ def query_gradients(module: nn.Module, examples: Examples, names: Sequence[str],
     Raises:
         ConfigError: If one of the tensors is not trained in this module.
     """
-    module.eval()
-    model = PerExampleModel(module)
-    missing = [name for name in names if name not in model.names]
+    known = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    missing = [name for name in names if name not in known]
     if missing:
-        model.close()
         raise ConfigError(f"The tensor {missing[0]} was seen, but is not trained in the rebuilt model.")
-    places = [model.names.index(name) for name in names]
     found: list[NDArray[np.float64]] = [np.empty(0)] * len(examples)
-    try:
-        for rows in microbatches(examples, np.arange(len(examples)), size):
-            parts = model.gradients(lambda m, b: losses(examples, m, b), examples.batch(rows), len(rows))
-            flat = torch.cat([parts[place].flatten(1).double() for place in places], dim=1).cpu().numpy()
-            for place, row in enumerate(rows):
-                found[row] = flat[place]
-    finally:
-        model.close()
+    batches = ((rows, examples.batch(rows)) for rows in microbatches(examples, np.arange(len(examples)), size))
+    for rows, flat_BD in flat_gradients(module, lambda m, b: losses(examples, m, b), batches, names):
+        for row, flat_D in zip(rows, flat_BD.double().cpu().numpy(), strict=True):
+            found[row] = flat_D
     return np.stack(found)
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from privfed.errors import ModelError
-from privfed.privacy.per_example import PerExampleModel
+from privfed.privacy.per_example import flat_gradients
 from privfed.tuning.layout import layout_of, trained
 from privfed.types import Float32, ParamLayout
 
@@ -261,14 +261,10 @@ def example_gradients(module: nn.Module, examples: Examples, size: int = 8) -> F
     """Return each example's gradient by all that is trained, flat [N, D]."""
     from privfed.models.examples import losses, microbatches
 
-    module.eval()
-    model, found = PerExampleModel(module), np.empty((len(examples), layout_of(module).size), dtype=np.float32)
-    try:
-        for rows in microbatches(examples, np.arange(len(examples)), size):
-            parts = model.gradients(lambda m, b: losses(examples, m, b), examples.batch(rows), len(rows))
-            found[rows] = torch.cat([part.flatten(1) for part in parts], dim=1).float().cpu().numpy()
-    finally:
-        model.close()
+    found = np.empty((len(examples), layout_of(module).size), dtype=np.float32)
+    batches = ((rows, examples.batch(rows)) for rows in microbatches(examples, np.arange(len(examples)), size))
+    for rows, flat_BD in flat_gradients(module, lambda m, b: losses(examples, m, b), batches):
+        found[rows] = flat_BD.float().cpu().numpy()
     return found
 
 

@@ -27,11 +27,11 @@ def make(dataset: Dataset, rows: Rows, count: int, rng: np.random.Generator) -> 
     return Planted(dataset=changed(dataset, train=longer), rows_M=np.arange(first, first + count, dtype=np.int64))
 
 
-CANARIES.register("gradient")(
-    CanaryKind(
-        make=make,
-        tasks=("sequence_classification", "causal_lm", "image_classification"),
-        units=("example", "client"),
-        loss="direct",
-    )
+GIVEN = CanaryKind(
+    make=make,
+    tasks=("sequence_classification", "causal_lm", "image_classification"),
+    units=("example", "client"),
+    loss="direct",
 )
+"""What is true of every kind whose gradient is given; they differ in what that is."""
+CANARIES.register("gradient")(GIVEN)

@@ -9,15 +9,7 @@ gradients. The mock records are test records, which the adversary is taken to ha
 
 from __future__ import annotations
 
-from privfed.data.canaries import CANARIES, CanaryKind
-from privfed.data.canaries.gradient import make
+from privfed.data.canaries import CANARIES, changed
+from privfed.data.canaries.gradient import GIVEN
 
-CANARIES.register("optimised_direction")(
-    CanaryKind(
-        make=make,
-        tasks=("sequence_classification", "causal_lm", "image_classification"),
-        units=("example", "client"),
-        loss="direct",
-        gradient="optimised",
-    )
-)
+CANARIES.register("optimised_direction")(changed(GIVEN, gradient="optimised"))

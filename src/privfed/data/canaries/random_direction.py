@@ -7,15 +7,7 @@ directions are nearly orthogonal to one another and to what honest clients send,
 
 from __future__ import annotations
 
-from privfed.data.canaries import CANARIES, CanaryKind
-from privfed.data.canaries.gradient import make
+from privfed.data.canaries import CANARIES, changed
+from privfed.data.canaries.gradient import GIVEN
 
-CANARIES.register("random_direction")(
-    CanaryKind(
-        make=make,
-        tasks=("sequence_classification", "causal_lm", "image_classification"),
-        units=("example", "client"),
-        loss="direct",
-        gradient="random",
-    )
-)
+CANARIES.register("random_direction")(changed(GIVEN, gradient="random"))

@@ -4,6 +4,6 @@
 """
 
 from privfed.privacy.per_example.clipping import Clipped, clipped_sum
-from privfed.privacy.per_example.engine import PerExampleModel
+from privfed.privacy.per_example.engine import PerExampleModel, flat_gradients
 
-__all__ = ["Clipped", "PerExampleModel", "clipped_sum"]
+__all__ = ["Clipped", "PerExampleModel", "clipped_sum", "flat_gradients"]

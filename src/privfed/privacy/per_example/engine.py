@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,6 +26,8 @@ from privfed.privacy.per_example.sites import Detach, Site
 from privfed.privacy.per_example.tap import NO_GRADIENT, Recorder, exact_products
 from privfed.privacy.per_example.units import FOLLOW_ERRORS
 from privfed.privacy.per_example.whole import Loss, loop_gradients, vmap_gradients
+
+Rows = NDArray[np.int64]
 
 # what ``prove`` found out about a module: the level of each of its trained tensors, by name
 _PROVED: weakref.WeakKeyDictionary[nn.Module, dict[str, int]] = weakref.WeakKeyDictionary()
@@ -234,3 +238,29 @@ class PerExampleModel:
         self._thaw()
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def flat_gradients(
+    module: nn.Module, loss: Loss, batches: Iterable[tuple[Rows, Any]], names: Sequence[str] | None = None
+) -> Iterator[tuple[Rows, torch.Tensor]]:
+    """Yield each microbatch's rows and its examples' gradients, flat [B, D]; the module is in evaluation mode.
+
+    Args:
+        module: The model.
+        loss: Maps (module, batch) to the B per-example losses.
+        batches: Rows and microbatch of each.
+        names: The tensors and their order; all that are trained by default.
+
+    Raises:
+        ClientError: As :meth:`PerExampleModel.gradients`.
+        ModelError: If the module mixes the examples of a batch by design.
+    """
+    module.eval()
+    model = PerExampleModel(module)
+    try:
+        places = [model.names.index(name) for name in (model.names if names is None else names)]
+        for rows, batch in batches:
+            parts = model.gradients(loss, batch, len(rows))
+            yield rows, torch.cat([parts[place].flatten(1) for place in places], dim=1)
+    finally:
+        model.close()
